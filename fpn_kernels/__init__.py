@@ -1,0 +1,19 @@
+"""Fused kernels for Feature Pyramid Networks, as torch operators with autograd."""
+
+from fpn_kernels import reference
+from fpn_kernels.backends.selection import available_backends, use_backend
+from fpn_kernels.diagnostics import explain
+from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add
+from fpn_kernels.version import __version__
+
+__all__ = [
+    "__version__",
+    "available_backends",
+    "explain",
+    "lateral_connection",
+    "output_conv",
+    "reference",
+    "top_down_pathway",
+    "upsample_add",
+    "use_backend",
+]

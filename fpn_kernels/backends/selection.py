@@ -1,0 +1,217 @@
+"""Which backend serves a call: the order of preference, the reasons against each, and what was forced.
+
+A backend states each reason once, in a predicate (`Implementation.refusal`) that returns it or None; selection,
+`explain` and the error of a forced backend all read the same predicate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "FPN_KERNELS_BACKEND"
+
+
+class BackendUnavailableError(ValueError):
+    """A backend was named that is unknown, not on this machine, or cannot serve the call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One operator on one backend.
+
+    Attributes:
+        run: computes the operator; takes the operator's arguments, all by position.
+        refusal: takes the same arguments; returns why this call cannot be served, or None.
+    """
+
+    run: Callable[..., Any]
+    refusal: Callable[..., str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute the operators.
+
+    Attributes:
+        name: what `use_backend` calls it.
+        unavailable: why nothing of it works on this machine, or None.
+        implementations: operator name to implementation.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    implementations: Mapping[str, Implementation]
+
+    def refusal(self, operator: str, arguments: tuple[Any, ...]) -> str | None:
+        """Why this backend cannot serve this call, or None."""
+        reason = self.unavailable()
+        if reason is not None:
+            return reason
+        implementation = self.implementations.get(operator)
+        if implementation is None:
+            return f"has no implementation of {operator}"
+        return implementation.refusal(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why each one tried before it does not.
+
+    Attributes:
+        operator: the operator asked about.
+        backend: the name of the backend that serves it.
+        refusals: backend name to reason, in the order in which they were asked.
+        forced: whether `use_backend` or the environment variable named the backend.
+    """
+
+    operator: str
+    backend: str
+    refusals: Mapping[str, str]
+    forced: bool = False
+
+    def __str__(self) -> str:
+        how = " (forced)" if self.forced else ""
+        lines = [f"{self.operator}: served by {self.backend}{how}"]
+        lines += [f"  {name} does not: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+class Explained(Exception):  # noqa: N818 - carries an answer out of the dispatcher; nothing went wrong
+    """Ends a dry run at the point where the kernel would have been launched."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__(str(explanation))
+        self.explanation = explanation
+
+
+_registry: dict[str, Backend] = {}
+
+# The autograd engine runs the backward of CUDA tensors in threads of its own, where a context variable of the
+# caller is not seen: the forced backend is therefore the process's, like PyTorch's own backend flags.
+_forced: str | None = None
+
+_records: list[list[tuple[str, str]]] = []
+_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_explaining", default=False)
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend; the order of registration is the order of preference."""
+    _registry[backend.name] = backend
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends known, in order of preference, here or not."""
+    return tuple(_registry.values())
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that work on this machine, in order of preference ("eager" is always the last)."""
+    return tuple(backend.name for backend in backends() if backend.unavailable() is None)
+
+
+def _named(name: str, argument: str) -> Backend:
+    if name not in _registry:
+        raise BackendUnavailableError(f"{argument}: expected one of {tuple(_registry)}, got {name!r}")
+    backend = _registry[name]
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendUnavailableError(f"{argument}: backend {name!r} is not available here: {reason}")
+    return backend
+
+
+class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named like it
+    """Forces one backend for every call that follows, or, as a context manager, inside a block.
+
+    The choice holds for the whole process, its autograd threads included (as `torch.backends` flags do), and goes
+    before the environment variable FPN_KERNELS_BACKEND.
+
+    Args:
+        name: "native", "triton" or "eager"; None gives the choice back to the library.
+
+    Raises:
+        TypeError: `name` is not a string or None.
+        ValueError: the backend is unknown or not on this machine (the message says why).  A call that a forced
+            backend cannot serve raises the same, with the reason.
+
+    Example::
+
+        with fpn_kernels.use_backend("eager"):
+            merged = fpn_kernels.upsample_add(top, lateral)
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            if not isinstance(name, str):
+                raise TypeError(f"name: expected a backend's name or None, got {type(name).__name__}")
+            _named(name, "name")
+        self._name = name
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def _forced_backend() -> Backend | None:
+    if _forced is not None:
+        return _registry[_forced]
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _named(name, ENVIRONMENT_VARIABLE) if name else None
+
+
+def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanation]:
+    """The first backend, in order of preference, that does not refuse the call.
+
+    Raises:
+        BackendUnavailableError: a forced backend refuses it.
+    """
+    forced = _forced_backend()
+    refusals: dict[str, str] = {}
+    for backend in (forced,) if forced is not None else _registry.values():
+        reason = backend.refusal(operator, arguments)
+        if reason is None:
+            return backend, Explanation(operator, backend.name, refusals, forced is not None)
+        refusals[backend.name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise BackendUnavailableError(f"{operator}: no backend serves this call ({reasons})")
+
+
+def call(operator: str, *arguments: Any) -> Any:
+    """Selects a backend and computes the operator with it."""
+    backend, explanation = select(operator, arguments)
+    if _explaining.get():
+        raise Explained(explanation)
+    for record in _records:
+        record.append((operator, backend.name))
+    return backend.implementations[operator].run(*arguments)
+
+
+@contextlib.contextmanager
+def record_calls() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that fills with ``(operator, backend)``, one pair a call served, from all threads."""
+    record: list[tuple[str, str]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Makes the next call raise `Explained` where its kernel would be launched."""
+    token = _explaining.set(True)
+    try:
+        yield
+    finally:
+        _explaining.reset(token)

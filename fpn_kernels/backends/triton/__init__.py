@@ -1,0 +1,49 @@
+"""Triton kernels, forward and backward, for NVIDIA GPUs (sm_80 and later) and, interpreted, for CPU tensors.
+
+    eligibility.py              why a call cannot be served; asked before anything is imported or launched
+    geometry.py                 what a launch needs to know of its tensors: strides, reach, alignment
+    device.py                   index arithmetic that the kernels share
+    upsample_add.py             upsample_add
+    upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
+    merge_backward.py           grad_top and grad_bias in one pass
+    lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product
+    compiled.py                 every configuration of every kernel, for compilation ahead of time
+
+Importing this package does not import Triton: a kernel's file is imported at its first launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from fpn_kernels.backends.selection import Backend, Implementation
+from fpn_kernels.backends.triton import eligibility
+
+
+def _at_first_launch(operator: str) -> Callable[..., Any]:
+    kernels: list[Callable[..., Any]] = []
+
+    def run(*arguments: Any) -> Any:
+        if not kernels:
+            kernels.append(getattr(importlib.import_module(f"{__name__}.{operator}"), operator))
+        return kernels[0](*arguments)
+
+    run.__name__ = operator
+    return run
+
+
+BACKEND = Backend(
+    name="triton",
+    unavailable=eligibility.unavailable,
+    implementations={
+        operator: Implementation(_at_first_launch(operator), refusal)
+        for operator, refusal in (
+            ("upsample_add", eligibility.upsample_add),
+            ("upsample_add_backward", eligibility.upsample_add_backward),
+            ("lateral_connection", eligibility.lateral_connection),
+            ("merge_backward", eligibility.merge_backward),
+        )
+    },
+)

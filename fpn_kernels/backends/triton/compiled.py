@@ -1,0 +1,72 @@
+"""Every configuration of every kernel, described so that it can be compiled ahead of time, without a GPU.
+
+A kernel's run-time integers are not specialised on (`do_not_specialize`); strides of 1 and alignments reach it as
+constexprs.  What is described here is therefore what a launch compiles, and a launch compiles nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+POINTER_TYPES = {2: "*bf16", 4: "*fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        signature: argument name to type ("*bf16", "i32", "fp32", "constexpr").
+        constexprs: values of the constexpr arguments.
+        attrs: Triton's argument attributes: base pointers are 16-byte aligned where the tensors are dense.
+        options: num_warps and the like.
+        description: what it serves; a test's name.
+        vectorised: every access to a map (but a gathered one) is expected to be of 16 bytes.
+        matrix_product: tensor-core instructions are expected.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Mapping[tuple[int, ...], list[list[Any]]]
+    options: Mapping[str, Any]
+    description: str
+    vectorised: bool = False
+    matrix_product: bool = False
+
+
+def variant(
+    kernel: Any,
+    pointers: Mapping[str, str],
+    floats: tuple[str, ...],
+    constexprs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    description: str,
+    *,
+    aligned: bool,
+    **expectations: bool,
+) -> Variant:
+    """Describes one compilation: what is neither a pointer, a float nor a constexpr is an i32."""
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = pointers[name]
+            if aligned:
+                attrs[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in floats else "i32"
+    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, **expectations)
+
+
+def all_variants() -> Iterator[Variant]:
+    """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
+    from fpn_kernels.backends.triton import lateral_connection, merge_backward, upsample_add, upsample_add_backward
+
+    for module in (upsample_add, upsample_add_backward, merge_backward, lateral_connection):
+        yield from module.variants()

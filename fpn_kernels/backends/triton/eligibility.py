@@ -1,0 +1,106 @@
+"""Why the Triton kernels cannot serve a call, stated once each; nothing here imports Triton or touches a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST = (3, 6)
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")
+
+# Up to here a float32 estimate of the first fine pixel that reads a coarse one is off by less than a pixel: three
+# roundings of 2**-24 each, at 2**21, come to 0.38 (`device.first_reader` looks two pixels to either side).
+LONGEST_SIDE = 2**21
+
+# Read when the library is imported, because Triton decides for good whether a kernel is interpreted when it is
+# decorated.  The spellings are those Triton accepts.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """Triton's version as its package metadata has it, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _too_old(version: str) -> bool:
+    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
+    return tuple(numbers) < _OLDEST
+
+
+def unavailable() -> str | None:
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed"
+    if _too_old(version):
+        return f"Triton {version} is older than {'.'.join(map(str, _OLDEST))}"
+    if INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA (and TRITON_INTERPRET is not set)"
+    if not torch.cuda.is_available():
+        return "no CUDA device (and TRITON_INTERPRET is not set)"
+    return None
+
+
+@functools.cache
+def _capability_refusal(index: int | None) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def _tensor_refusal(tensor: Tensor) -> str | None:
+    if tensor.dtype not in _DTYPES:
+        return f"{tensor.dtype} is none of float16, bfloat16, float32"
+    if INTERPRETED:
+        # The interpreter would compute a CUDA tensor on the host, through two copies.
+        return None if tensor.device.type == "cpu" else f"TRITON_INTERPRET serves CPU tensors, not {tensor.device}"
+    if tensor.device.type != "cuda":
+        return f"serves CUDA tensors, not {tensor.device.type}"
+    return _capability_refusal(tensor.device.index)
+
+
+def _side_refusal(*sides: int) -> str | None:
+    longest = max(sides)
+    return None if longest <= LONGEST_SIDE else f"a side of {longest} pixels is above {LONGEST_SIDE}"
+
+
+def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> str | None:
+    return _tensor_refusal(lateral) or _side_refusal(*top.shape[2:], *lateral.shape[2:])
+
+
+def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> str | None:
+    return _tensor_refusal(grad) or _side_refusal(*grad.shape[2:], *top_size)
+
+
+merge_backward = upsample_add_backward
+
+
+def lateral_connection(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    mode: str,
+    gain: float,
+    memory_format: torch.memory_format | None,
+) -> str | None:
+    refusal = _tensor_refusal(feature)
+    if refusal is None and top is not None:
+        refusal = _side_refusal(*top.shape[2:], *feature.shape[2:])
+    if refusal is None and feature.shape[2] * feature.shape[3] >= 2**30:
+        refusal = "a map of 2**30 pixels or more: the kernel counts the pixels of a map in int32"
+    return refusal

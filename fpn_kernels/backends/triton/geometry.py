@@ -1,0 +1,86 @@
+"""What a launch needs to know of its tensors: strides, reach, alignment, the device.  Plain Python on integers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fpn_kernels import resampling
+
+INT32_REACH = 2**31 - 1
+
+# Sixteen elements cover a 16-byte access in every dtype served, and keep the number of variants compiled small.
+_WIDEST = 16
+
+# A machine without a GPU interprets; the number only shapes the grid there.
+_DEFAULT_PROCESSORS = 132
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides in elements, 0 along dimensions of size 1: PyTorch leaves those arbitrary."""
+    return tuple(s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def needs_int64(*tensors: Tensor) -> bool:
+    """Whether an offset inside any of the tensors exceeds what int32 holds."""
+    return any(
+        sum((n - 1) * s for n, s in zip(t.shape, strides(t), strict=True)) > INT32_REACH for t in tensors
+    )
+
+
+def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
+    """How far a run of elements along `dim` may be vectorised: 0 where its stride is not 1, else 1 to 16 elements.
+
+    The power of two that divides the start of the tensor, every other stride, and each of `counts` (the bounds that
+    masks compare with): Triton sees these numbers only at run time and cannot assume it.
+    """
+    steps = strides(tensor)
+    if steps[dim] != 1:
+        return 0
+    others = steps[:dim] + steps[dim + 1 :]
+    return math.gcd(_WIDEST, tensor.data_ptr() // tensor.element_size(), *others, *counts)
+
+
+@functools.lru_cache(maxsize=4096)
+def scale(in_size: int, out_size: int) -> float:
+    """`resampling.scale`, remembered: three small tensors are a launch's worth of host time."""
+    return resampling.scale(in_size, out_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def longest_window(in_size: int, out_size: int, mode: str) -> int:
+    """The largest number of destination pixels that read one source pixel along an axis, exactly."""
+    if mode == "bilinear":
+        lower, _, _ = resampling.bilinear_weights(in_size, out_size)
+        readers = torch.bincount(lower, minlength=in_size)
+        readers[1:] += readers[:-1].clone()
+    else:
+        readers = torch.bincount(resampling.source_index(in_size, out_size, mode), minlength=in_size)
+    return int(readers.max())
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device."""
+    return _processors(tensor.device.index) if tensor.is_cuda else _DEFAULT_PROCESSORS
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: makes it the tensor's, where it is not already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def pixels_are_flat(tensor: Tensor) -> bool:
+    """Whether the pixels of a plane lie one stride apart throughout, so that one index serves for both axes."""
+    height, width = tensor.shape[2:]
+    return height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)

@@ -1,0 +1,319 @@
+"""`lateral_connection`: ``gain * (conv1x1(feature) + bias + resize(top))`` as one tiled matrix product.
+
+A tile is some pixels of one image by some output channels; the sum over input channels is pipelined through shared
+memory, and bias, coarse pixels and gain are applied to the float32 sums on the way out.  The feature is read in place
+in either layout (16-bit tensor cores take both operand orders), the tile is transposed for an NCHW result so that
+consecutive threads always have consecutive addresses of the result, and a pixel's row and column are found once a
+row of the tile.  Programs go over the output channels of a pixel tile first: its second reader finds it in L2.
+
+Bilinear is composed: the product alone, then `upsample_add` in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpn_kernels.backends.layouts import allocate, requested_format
+from fpn_kernels.backends.triton import geometry, upsample_add
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
+from fpn_kernels.backends.triton.device import INTERPRETED, along, known_multiple, nearest_source, rounded, widened
+
+_RUN_TIME = [
+    *("in_channels", "out_channels", "height", "width", "top_height", "top_width"),
+    *("feature_n", "feature_c", "feature_y", "feature_x", "weight_o", "weight_i", "bias_o"),
+    *("top_n", "top_c", "top_y", "top_x", "out_n", "out_c", "out_p"),
+    *("pixel_tiles", "channel_tiles"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """A tile of the result (pixels by output channels), input channels a step, warps, and stages of the pipeline."""
+
+    pixels: int
+    channels: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# (arithmetic, whether the large tile fills the device) -> tile.  128 x 128 with 8 warps keeps 64 sums a thread, which
+# leaves registers for the coarse tile; Hopper's tensor cores want at least 64 rows a warpgroup.
+TABLE = {
+    ("half", True): ProductConfig(128, 128, 64, 8, 3),
+    ("half", False): ProductConfig(64, 64, 64, 4, 4),
+    ("tf32", True): ProductConfig(128, 128, 32, 8, 3),
+    ("tf32", False): ProductConfig(64, 64, 32, 4, 4),
+    ("ieee", True): ProductConfig(64, 64, 16, 4, 3),
+    ("ieee", False): ProductConfig(32, 32, 16, 4, 3),
+}
+
+
+def choose(arithmetic: str, batch: int, pixels: int, channels: int, processors: int) -> ProductConfig:
+    """The large tile where there are at least as many of it as multiprocessors, else the small one."""
+    large = TABLE[arithmetic, True]
+    tiles = batch * -(-pixels // large.pixels) * -(-channels // large.channels)
+    return TABLE[arithmetic, tiles >= processors and channels > large.channels // 2]
+
+
+def arithmetic_of(feature: Tensor) -> str:
+    """"half", or for float32 what PyTorch's switch for convolutions says; TF32 is the tensor cores' alone."""
+    if feature.dtype != torch.float32:
+        return "half"
+    # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
+    return "tf32" if feature.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def _by_pixel(values, PIXELS_LAST: tl.constexpr):
+    """A value to a pixel, shaped to broadcast over the tile."""
+    if PIXELS_LAST:
+        shaped = values[None, :]
+    else:
+        shaped = values[:, None]
+    return shaped
+
+
+@triton.jit
+def _by_channel(values, PIXELS_LAST: tl.constexpr):
+    """A value to an output channel, shaped to broadcast over the tile."""
+    if PIXELS_LAST:
+        shaped = values[:, None]
+    else:
+        shaped = values[None, :]
+    return shaped
+
+
+@triton.jit
+def _operand(value, ARITHMETIC: tl.constexpr):
+    """A tile as the tensor cores take it.
+
+    They would cut float32 short to TF32; it is rounded first, which halves the error.  The interpreter of Triton 3.6
+    and 3.7 multiplies bfloat16 as the integers it is stored in.
+    """
+    if INTERPRETED:
+        value = value.to(tl.float32)
+    elif ARITHMETIC == "tf32":
+        value = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return value
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def connect(
+    feature, weight, bias, top, out, gain, scale_y, scale_x,
+    in_channels, out_channels, height, width, top_height, top_width,
+    feature_n, feature_c, feature_y, feature_x,
+    weight_o, weight_i, bias_o,
+    top_n, top_c, top_y, top_x,
+    out_n, out_c, out_p,
+    pixel_tiles, channel_tiles,
+    MODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TOP: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PIXELS_LAST: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    FEATURE_CHANNELS: tl.constexpr, FEATURE_PIXELS: tl.constexpr,
+    WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
+    TOP: tl.constexpr, OUT: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    channel_tile = program % channel_tiles
+    pixel_tile = (program // channel_tiles) % pixel_tiles
+    n = (program // channel_tiles) // pixel_tiles
+    pixel = pixel_tile * PIXELS + tl.arange(0, PIXELS)
+    y = pixel // width
+    x = pixel - y * width
+    c = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
+    k = tl.arange(0, DEPTH)
+    pixels = known_multiple(height * width, FEATURE_PIXELS)
+    out_channels = known_multiple(known_multiple(out_channels, WEIGHT_OUT), TOP)
+    in_channels = known_multiple(known_multiple(in_channels, FEATURE_CHANNELS), WEIGHT_IN)
+    if PIXELS_LAST:
+        pixels = known_multiple(pixels, OUT)
+    else:
+        out_channels = known_multiple(out_channels, OUT)
+    pixel_inside = pixel < pixels
+    channel_inside = c < out_channels
+
+    FEATURE: tl.constexpr = FEATURE_CHANNELS if FEATURE_CHANNELS > 0 else FEATURE_PIXELS
+    if FLAT:
+        feature_pixel = along(widened(pixel, WIDE), known_multiple(feature_x, FEATURE_CHANNELS), FEATURE_PIXELS)
+    else:
+        feature_pixel = widened(y, WIDE) * known_multiple(feature_y, FEATURE_CHANNELS)
+        feature_pixel += widened(x, WIDE) * known_multiple(feature_x, FEATURE_CHANNELS)
+    depth_stride = known_multiple(feature_c, FEATURE_PIXELS)
+    feature_start = feature + widened(n, WIDE) * known_multiple(feature_n, FEATURE)
+    weight_channel = along(widened(c, WIDE), known_multiple(weight_o, WEIGHT_IN), WEIGHT_OUT)
+    weight_stride = known_multiple(weight_i, WEIGHT_OUT)
+
+    if PIXELS_LAST:
+        total = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    else:
+        total = tl.zeros([PIXELS, CHANNELS], tl.float32)
+    for first in range(0, in_channels, DEPTH):
+        step = first + k
+        step_inside = step < in_channels
+        feature_step = along(widened(step, WIDE), depth_stride, FEATURE_CHANNELS)
+        weight_step = along(widened(step, WIDE), weight_stride, WEIGHT_IN)
+        # Input channels are the columns of the first operand and the rows of the second.
+        if PIXELS_LAST:
+            left_place = weight + (weight_channel[:, None] + weight_step[None, :])
+            right_place = feature_start + (feature_step[:, None] + feature_pixel[None, :])
+            left = tl.load(left_place, mask=channel_inside[:, None] & step_inside[None, :], other=0.0)
+            right = tl.load(right_place, mask=step_inside[:, None] & pixel_inside[None, :], other=0.0)
+        else:
+            left_place = feature_start + (feature_pixel[:, None] + feature_step[None, :])
+            right_place = weight + (weight_step[:, None] + weight_channel[None, :])
+            left = tl.load(left_place, mask=pixel_inside[:, None] & step_inside[None, :], other=0.0)
+            right = tl.load(right_place, mask=step_inside[:, None] & channel_inside[None, :], other=0.0)
+        left, right = _operand(left, ARITHMETIC), _operand(right, ARITHMETIC)
+        if ARITHMETIC == "ieee":
+            total = tl.dot(left, right, total, input_precision="ieee")
+        else:
+            total = tl.dot(left, right, total, input_precision="tf32")
+
+    inside = _by_pixel(pixel_inside, PIXELS_LAST) & _by_channel(channel_inside, PIXELS_LAST)
+    if HAS_BIAS:
+        addend = tl.load(bias + widened(c, WIDE) * bias_o, mask=channel_inside, other=0.0).to(tl.float32)
+        total += _by_channel(addend, PIXELS_LAST)
+    if HAS_TOP:
+        source_y = nearest_source(y, scale_y, top_height, MODE)
+        source_x = nearest_source(x, scale_x, top_width, MODE)
+        top_pixel = widened(source_y, WIDE) * known_multiple(top_y, TOP)
+        top_pixel += widened(source_x, WIDE) * known_multiple(top_x, TOP)
+        top_channel = along(widened(c, WIDE), top_c, TOP)
+        top_start = top + widened(n, WIDE) * known_multiple(top_n, TOP)
+        place = _by_pixel(top_pixel, PIXELS_LAST) + _by_channel(top_channel, PIXELS_LAST)
+        coarse = tl.load(top_start + place, mask=inside, other=0.0)
+        total = gain * (total + coarse.to(tl.float32))
+    out_start = out + widened(n, WIDE) * known_multiple(out_n, OUT)
+    if PIXELS_LAST:
+        out_pixel = along(widened(pixel, WIDE), out_p, OUT)
+        out_channel = widened(c, WIDE) * known_multiple(out_c, OUT)
+    else:
+        out_pixel = widened(pixel, WIDE) * known_multiple(out_p, OUT)
+        out_channel = along(widened(c, WIDE), out_c, OUT)
+    place = _by_pixel(out_pixel, PIXELS_LAST) + _by_channel(out_channel, PIXELS_LAST)
+    tl.store(out_start + place, rounded(total, out.dtype.element_ty), mask=inside)
+
+
+def launch(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    out: Tensor,
+    mode: str,
+    gain: float,
+) -> None:
+    """Writes the connection into the dense `out`; `mode` is a nearest one."""
+    batch, in_channels, height, width = feature.shape
+    out_channels = weight.shape[0]
+    top_height, top_width = (height, width) if top is None else top.shape[2:]
+    pixels_last = upsample_add.walk_of(out) == "planes"
+    flat_out = out.view(batch, out_channels, height * width)
+    flat = geometry.pixels_are_flat(feature)
+    by_channels = geometry.alignment(feature, 1, in_channels)
+    by_pixels = 0
+    feature_strides = geometry.strides(feature)
+    if flat:
+        flat_feature = feature.view(batch, in_channels, height * width)
+        feature_n, feature_c, feature_p = geometry.strides(flat_feature)
+        feature_strides = (feature_n, feature_c, 0, feature_p)
+        # Where both axes have stride 1, one of them has size 1 in truth: one choice is enough.
+        by_pixels = 0 if by_channels else geometry.alignment(flat_feature, 2, height * width)
+    weight_in = geometry.alignment(weight, 1, in_channels)
+    if pixels_last:
+        out_alignment = geometry.alignment(flat_out, 2, height * width)
+    else:
+        out_alignment = geometry.alignment(flat_out, 1, out_channels)
+    arithmetic = arithmetic_of(feature)
+    config = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature))
+    pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
+    present = [t for t in (feature, weight, bias, top, out) if t is not None]
+    with geometry.device_guard(feature):
+        connect[(batch * pixel_tiles * channel_tiles,)](
+            *(feature, weight, out if bias is None else bias, out if top is None else top, out, gain),
+            *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
+            *(in_channels, out_channels, height, width, top_height, top_width),
+            *feature_strides,
+            *geometry.strides(weight),
+            0 if bias is None else bias.stride(0),
+            *((0, 0, 0, 0) if top is None else geometry.strides(top)),
+            *geometry.strides(flat_out),
+            *(pixel_tiles, channel_tiles),
+            MODE=mode,
+            HAS_BIAS=bias is not None,
+            HAS_TOP=top is not None,
+            ARITHMETIC=arithmetic,
+            PIXELS_LAST=pixels_last,
+            FLAT=flat,
+            WIDE=geometry.needs_int64(*present),
+            FEATURE_CHANNELS=by_channels,
+            FEATURE_PIXELS=by_pixels,
+            WEIGHT_IN=weight_in,
+            WEIGHT_OUT=0 if weight_in else geometry.alignment(weight, 0, out_channels),
+            TOP=0 if top is None else geometry.alignment(top, 1, out_channels),
+            OUT=out_alignment,
+            PIXELS=config.pixels,
+            CHANNELS=config.channels,
+            DEPTH=config.depth,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def lateral_connection(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    mode: str,
+    gain: float,
+    memory_format: torch.memory_format | None,
+) -> Tensor:
+    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
+    out = allocate(shape, feature, requested_format(feature, memory_format))
+    if mode == "bilinear" and top is not None:
+        launch(feature, weight, bias, None, out, "nearest", 1.0)
+        upsample_add.launch(top, out, out, mode, gain)
+    else:
+        launch(feature, weight, bias, top, out, "nearest" if top is None else mode, gain)
+    return out
+
+
+def variants() -> Iterator[Variant]:
+    """What `launch` may compile: each tile of the table in each layout, with the merge; once without, once strided."""
+    for (arithmetic, large), config in TABLE.items():
+        kind = POINTER_TYPES[2 if arithmetic == "half" else 4]
+        for layout, merged in (("nhwc", True), ("nchw", True), ("mixed", True), ("strided", True), ("nhwc", False)):
+            dense = layout != "strided"
+            # "mixed": NCHW in, NHWC out, the weight transposed as in the gradient of the feature.
+            yield variant(
+                connect,
+                dict.fromkeys(("feature", "weight", "bias", "top", "out"), kind),
+                ("gain", "scale_y", "scale_x"),
+                {
+                    **{"MODE": "nearest", "HAS_BIAS": True, "HAS_TOP": merged, "ARITHMETIC": arithmetic},
+                    **{"PIXELS_LAST": layout in ("nchw", "strided"), "FLAT": dense, "WIDE": not dense},
+                    "FEATURE_CHANNELS": 16 if layout == "nhwc" else 0,
+                    "FEATURE_PIXELS": 16 if layout in ("nchw", "mixed") else 0,
+                    "WEIGHT_IN": 16 if layout in ("nhwc", "nchw") else 0,
+                    "WEIGHT_OUT": 16 if layout == "mixed" else 0,
+                    "TOP": 16 if merged and layout in ("nhwc", "mixed") else 0,
+                    "OUT": 16 if dense else 1,
+                    **{"PIXELS": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth},
+                },
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+                f"lateral_connection-{layout}-{'merged' if merged else 'alone'}-{arithmetic}"
+                f"-{config.pixels}x{config.channels}x{config.depth}",
+                aligned=dense,
+                vectorised=dense and not (merged and layout == "nchw"),
+                matrix_product=arithmetic != "ieee",
+            )

@@ -1,0 +1,69 @@
+"""`merge_backward`: the gradients of the coarser map and of the bias in one pass over the gradient of the merge.
+
+Every fine pixel's weights add up to 1, so the sum of what the coarse pixels gathered is the sum over all fine pixels:
+the gather (`upsample_add_backward`) leaves float32 partial sums, a few hundred to a channel, and a second small kernel
+adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
+from fpn_kernels.backends.triton.device import rounded
+from fpn_kernels.backends.triton.upsample_add import TileConfig, walk_of
+from fpn_kernels.backends.triton.upsample_add_backward import gather_variants, launch, plan
+
+# Partials at a time, channels: 32-byte runs, so that 256 channels still occupy 32 multiprocessors.
+REDUCTION = TileConfig(256, 8, 4)
+
+
+@triton.jit(do_not_specialize=["count", "channels"])
+def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < channels
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        # int64: areas leave one partial to a coarse pixel.
+        place = row.to(tl.int64)[:, None] * channels + c[None, :]
+        total += tl.load(partials + place, mask=(row < count)[:, None] & inside[None, :], other=0.0)
+    tl.store(bias + c, rounded(gain * tl.sum(total, axis=0), bias.dtype.element_ty), mask=inside)
+
+
+def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
+    channels = grad.shape[1]
+    out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
+    chosen = plan(walk_of(out), grad.element_size(), tuple(grad.shape), top_size, mode, bias=True)
+    partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
+    bias = grad.new_empty(channels)
+    launch(chosen, grad, out, partials, mode, gain)
+    with geometry.device_guard(grad):
+        sum_partials[(-(-channels // REDUCTION.columns),)](
+            *(partials, bias, gain, chosen.partials, channels),
+            ROWS=REDUCTION.rows,
+            COLUMNS=REDUCTION.columns,
+            num_warps=REDUCTION.num_warps,
+        )
+    return out, bias
+
+
+def variants() -> Iterator[Variant]:
+    yield from gather_variants("merge_backward", bias=True)
+    for size, kind in POINTER_TYPES.items():
+        yield variant(
+            sum_partials,
+            {"partials": "*fp32", "bias": kind},
+            ("gain",),
+            {"ROWS": REDUCTION.rows, "COLUMNS": REDUCTION.columns},
+            {"num_warps": REDUCTION.num_warps},
+            f"merge_backward-sum_partials-{8 * size}bit",
+            aligned=True,
+        )

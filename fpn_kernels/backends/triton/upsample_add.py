@@ -1,0 +1,315 @@
+"""`upsample_add`: ``out = gain * (lateral + resize(top))`` in one pass, summed in float32 and rounded once.
+
+Two walks over the result, chosen by its layout.  *channels* (NHWC): a program has one image row, some pixels of it
+and a run of channels; *planes* (NCHW and the rest): one channel of one image, some rows and a run of columns.  Either
+way the index of the coarse pixel is computed once a row or column of the tile, never once an element, and integer
+division happens once a program.
+
+At ratio 2 (both sizes exactly doubled, any nearest mode) source is ``dst >> 1``, and a tile is one of *coarse* pixels:
+each is loaded once and serves its four fine pixels.  Both fine and coarse loads are issued before the first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
+from fpn_kernels.backends.triton.device import (
+    bilinear_source,
+    known_multiple,
+    nearest_source,
+    rounded,
+    start_of,
+    tile_of,
+)
+
+_RUN_TIME = [
+    *("channels", "height", "width", "top_height", "top_width"),
+    *("top_n", "top_c", "top_y", "top_x"),
+    *("lateral_n", "lateral_c", "lateral_y", "lateral_x"),
+    *("out_n", "out_c", "out_y", "out_x"),
+    *("row_tiles", "column_tiles"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Pixels or rows of a tile, channels or columns of it (coarse ones at ratio 2), and warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+# (walk, how the top is read, bytes of an element, whether rows are long) -> tile.  One or two 16-byte accesses a thread
+# of 128 to each tensor, so that with the coarse ones 32 KiB are in flight an SM at a quarter of its threads.
+TABLE = {
+    ("channels", "pairs", 2, True): TileConfig(4, 256, 4),
+    ("channels", "pairs", 2, False): TileConfig(16, 64, 4),
+    ("channels", "pairs", 4, True): TileConfig(4, 128, 4),
+    ("channels", "pairs", 4, False): TileConfig(8, 64, 4),
+    ("channels", "nearest", 2, True): TileConfig(8, 256, 4),
+    ("channels", "nearest", 2, False): TileConfig(32, 64, 4),
+    ("channels", "nearest", 4, True): TileConfig(8, 128, 4),
+    ("channels", "nearest", 4, False): TileConfig(16, 64, 4),
+    ("channels", "bilinear", 2, True): TileConfig(4, 256, 4),
+    ("channels", "bilinear", 2, False): TileConfig(16, 64, 4),
+    ("channels", "bilinear", 4, True): TileConfig(4, 128, 4),
+    ("channels", "bilinear", 4, False): TileConfig(8, 64, 4),
+    ("planes", "pairs", 2, True): TileConfig(8, 64, 4),
+    ("planes", "pairs", 2, False): TileConfig(16, 32, 4),
+    ("planes", "pairs", 4, True): TileConfig(8, 64, 4),
+    ("planes", "pairs", 4, False): TileConfig(16, 32, 4),
+    ("planes", "nearest", 2, True): TileConfig(16, 128, 4),
+    ("planes", "nearest", 2, False): TileConfig(32, 32, 4),
+    ("planes", "nearest", 4, True): TileConfig(8, 128, 4),
+    ("planes", "nearest", 4, False): TileConfig(32, 32, 4),
+    ("planes", "bilinear", 2, True): TileConfig(8, 128, 4),
+    ("planes", "bilinear", 2, False): TileConfig(32, 32, 4),
+    ("planes", "bilinear", 4, True): TileConfig(8, 128, 4),
+    ("planes", "bilinear", 4, False): TileConfig(32, 32, 4),
+}
+
+
+def choose(walk: str, reading: str, element_size: int, columns: int) -> TileConfig:
+    """The tile for rows of `columns` elements (channels, or the width counted as the tile counts it)."""
+    long = TABLE[walk, reading, element_size, True]
+    # A long tile pays where it would be at least three quarters full.
+    tiles = -(-columns // long.columns)
+    return TABLE[walk, reading, element_size, 4 * columns >= 3 * tiles * long.columns]
+
+
+def walk_of(tensor: Tensor) -> str:
+    """How to go over a tensor that is written (or a gradient that is read): along its channels or its planes."""
+    return "channels" if tensor.shape[1] > 1 and tensor.stride(1) == 1 else "planes"
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def merge_channels(
+    top, lateral, out, gain, scale_y, scale_x,
+    channels, height, width, top_height, top_width,
+    top_n, top_c, top_y, top_x,
+    lateral_n, lateral_c, lateral_y, lateral_x,
+    out_n, out_c, out_y, out_x,
+    row_tiles, column_tiles,
+    MODE: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr,
+    TOP: tl.constexpr, LATERAL: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    row_tile = program % row_tiles
+    program = program // row_tiles
+    x = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    channels = known_multiple(known_multiple(known_multiple(channels, TOP), LATERAL), OUT)
+    inside = (c < channels)[None, :]
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    if PAIRS:
+        y = program % top_height
+        n = program // top_height
+        inside = inside & (x < top_width)[:, None]
+        top_start = start_of(top, n, y, top_n, top_y, TOP, WIDE)
+        upper_lateral = start_of(lateral, n, 2 * y, lateral_n, lateral_y, LATERAL, WIDE)
+        lower_lateral = start_of(lateral, n, 2 * y + 1, lateral_n, lateral_y, LATERAL, WIDE)
+        upper_out = start_of(out, n, 2 * y, out_n, out_y, OUT, WIDE)
+        lower_out = start_of(out, n, 2 * y + 1, out_n, out_y, OUT, WIDE)
+        left = tile_of(2 * x, c, lateral_x, lateral_c, LATERAL, WIDE)
+        right = tile_of(2 * x + 1, c, lateral_x, lateral_c, LATERAL, WIDE)
+        coarse = tl.load(top_start + tile_of(x, c, top_x, top_c, TOP, WIDE), mask=inside)
+        upper_left = tl.load(upper_lateral + left, mask=inside)
+        upper_right = tl.load(upper_lateral + right, mask=inside)
+        lower_left = tl.load(lower_lateral + left, mask=inside)
+        lower_right = tl.load(lower_lateral + right, mask=inside)
+        coarse = coarse.to(tl.float32)
+        left = tile_of(2 * x, c, out_x, out_c, OUT, WIDE)
+        right = tile_of(2 * x + 1, c, out_x, out_c, OUT, WIDE)
+        tl.store(upper_out + left, rounded(gain * (upper_left.to(tl.float32) + coarse), DTYPE), mask=inside)
+        tl.store(upper_out + right, rounded(gain * (upper_right.to(tl.float32) + coarse), DTYPE), mask=inside)
+        tl.store(lower_out + left, rounded(gain * (lower_left.to(tl.float32) + coarse), DTYPE), mask=inside)
+        tl.store(lower_out + right, rounded(gain * (lower_right.to(tl.float32) + coarse), DTYPE), mask=inside)
+    else:
+        y = program % height
+        n = program // height
+        inside = inside & (x < width)[:, None]
+        lateral_start = start_of(lateral, n, y, lateral_n, lateral_y, LATERAL, WIDE)
+        value = tl.load(lateral_start + tile_of(x, c, lateral_x, lateral_c, LATERAL, WIDE), mask=inside)
+        if MODE == "bilinear":
+            y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
+            x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
+            upper = start_of(top, n, y0, top_n, top_y, TOP, WIDE)
+            lower = start_of(top, n, y1, top_n, top_y, TOP, WIDE)
+            left = tile_of(x0, c, top_x, top_c, TOP, WIDE)
+            right = tile_of(x1, c, top_x, top_c, TOP, WIDE)
+            upper_left = tl.load(upper + left, mask=inside)
+            upper_right = tl.load(upper + right, mask=inside)
+            lower_left = tl.load(lower + left, mask=inside)
+            lower_right = tl.load(lower + right, mask=inside)
+            x_of_right = weight_x[:, None]
+            upper_row = (1.0 - x_of_right) * upper_left.to(tl.float32) + x_of_right * upper_right.to(tl.float32)
+            lower_row = (1.0 - x_of_right) * lower_left.to(tl.float32) + x_of_right * lower_right.to(tl.float32)
+            coarse = (1.0 - weight_y) * upper_row + weight_y * lower_row
+        else:
+            source_y = nearest_source(y, scale_y, top_height, MODE)
+            source_x = nearest_source(x, scale_x, top_width, MODE)
+            top_start = start_of(top, n, source_y, top_n, top_y, TOP, WIDE)
+            coarse = tl.load(top_start + tile_of(source_x, c, top_x, top_c, TOP, WIDE), mask=inside).to(tl.float32)
+        result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
+        out_start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
+        tl.store(out_start + tile_of(x, c, out_x, out_c, OUT, WIDE), result, mask=inside)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def merge_planes(
+    top, lateral, out, gain, scale_y, scale_x,
+    channels, height, width, top_height, top_width,
+    top_n, top_c, top_y, top_x,
+    lateral_n, lateral_c, lateral_y, lateral_x,
+    out_n, out_c, out_y, out_x,
+    row_tiles, column_tiles,
+    MODE: tl.constexpr, PAIRS: tl.constexpr, WIDE: tl.constexpr,
+    TOP: tl.constexpr, LATERAL: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    row_tile = program % row_tiles
+    program = program // row_tiles
+    c = program % channels
+    n = program // channels
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    top_start = start_of(top, n, c, top_n, top_c, TOP, WIDE)
+    lateral_start = start_of(lateral, n, c, lateral_n, lateral_c, LATERAL, WIDE)
+    out_start = start_of(out, n, c, out_n, out_c, OUT, WIDE)
+    y = row_tile * ROWS + tl.arange(0, ROWS)
+    width = known_multiple(known_multiple(width, LATERAL), OUT)
+    if PAIRS:
+        x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        fine_x = column_tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        rows_inside = (y < top_height)[:, None]
+        coarse_inside = rows_inside & (x < known_multiple(top_width, TOP))[None, :]
+        inside = rows_inside & (fine_x < width)[None, :]
+        coarse = tl.load(top_start + tile_of(y, x, top_y, top_x, TOP, WIDE), mask=coarse_inside)
+        upper = tl.load(lateral_start + tile_of(2 * y, fine_x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
+        lower = tl.load(lateral_start + tile_of(2 * y + 1, fine_x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
+        coarse = tl.interleave(coarse, coarse).to(tl.float32)
+        upper = rounded(gain * (upper.to(tl.float32) + coarse), DTYPE)
+        lower = rounded(gain * (lower.to(tl.float32) + coarse), DTYPE)
+        tl.store(out_start + tile_of(2 * y, fine_x, out_y, out_x, OUT, WIDE), upper, mask=inside)
+        tl.store(out_start + tile_of(2 * y + 1, fine_x, out_y, out_x, OUT, WIDE), lower, mask=inside)
+    else:
+        x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (y < height)[:, None] & (x < width)[None, :]
+        value = tl.load(lateral_start + tile_of(y, x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
+        # The coarse pixels of neighbours are not neighbours themselves: their column stride is never taken as 1.
+        if MODE == "bilinear":
+            y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
+            x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
+            upper_left = tl.load(top_start + tile_of(y0, x0, top_y, top_x, 0, WIDE), mask=inside)
+            upper_right = tl.load(top_start + tile_of(y0, x1, top_y, top_x, 0, WIDE), mask=inside)
+            lower_left = tl.load(top_start + tile_of(y1, x0, top_y, top_x, 0, WIDE), mask=inside)
+            lower_right = tl.load(top_start + tile_of(y1, x1, top_y, top_x, 0, WIDE), mask=inside)
+            x_of_right = weight_x[None, :]
+            y_of_lower = weight_y[:, None]
+            upper_row = (1.0 - x_of_right) * upper_left.to(tl.float32) + x_of_right * upper_right.to(tl.float32)
+            lower_row = (1.0 - x_of_right) * lower_left.to(tl.float32) + x_of_right * lower_right.to(tl.float32)
+            coarse = (1.0 - y_of_lower) * upper_row + y_of_lower * lower_row
+        else:
+            source_y = nearest_source(y, scale_y, top_height, MODE)
+            source_x = nearest_source(x, scale_x, top_width, MODE)
+            coarse = tl.load(top_start + tile_of(source_y, source_x, top_y, top_x, 0, WIDE), mask=inside)
+            coarse = coarse.to(tl.float32)
+        result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
+        tl.store(out_start + tile_of(y, x, out_y, out_x, OUT, WIDE), result, mask=inside)
+
+
+def reading_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> str:
+    """How a tile reads the top: "pairs" at exactly twice the size, else as the mode says."""
+    if mode == "bilinear":
+        return "bilinear"
+    return "pairs" if size == (2 * top_size[0], 2 * top_size[1]) else "nearest"
+
+
+def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float) -> None:
+    """Writes ``gain * (lateral + resize(top))`` into `out`, which may be `lateral` itself."""
+    batch, channels, height, width = lateral.shape
+    top_height, top_width = top.shape[2:]
+    walk = walk_of(out)
+    reading = reading_of(mode, (top_height, top_width), (height, width))
+    pairs = reading == "pairs"
+    alignments: dict[str, Any]
+    if walk == "channels":
+        kernel, columns, outer = merge_channels, channels, batch * (top_height if pairs else height)
+        rows = top_width if pairs else width
+        alignments = {
+            name: geometry.alignment(tensor, 1, channels)
+            for name, tensor in (("TOP", top), ("LATERAL", lateral), ("OUT", out))
+        }
+    else:
+        kernel, outer = merge_planes, batch * channels
+        rows, columns = (top_height, top_width) if pairs else (height, width)
+        alignments = {
+            "TOP": geometry.alignment(top, 3, top_width) if pairs else 0,
+            "LATERAL": geometry.alignment(lateral, 3, width),
+            "OUT": geometry.alignment(out, 3, width),
+        }
+    config = choose(walk, reading, lateral.element_size(), columns)
+    row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
+    with geometry.device_guard(lateral):
+        kernel[(row_tiles * column_tiles * outer,)](
+            *(top, lateral, out, gain, geometry.scale(top_height, height), geometry.scale(top_width, width)),
+            *(channels, height, width, top_height, top_width),
+            *geometry.strides(top),
+            *geometry.strides(lateral),
+            *geometry.strides(out),
+            *(row_tiles, column_tiles),
+            MODE="nearest" if pairs else mode,
+            PAIRS=pairs,
+            WIDE=geometry.needs_int64(top, lateral, out),
+            **alignments,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            num_warps=config.num_warps,
+            # The bilinear weights then have the same bits as in the backward, and as under the interpreter.
+            enable_fp_fusion=False,
+        )
+
+
+def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+    out = allocate(lateral.shape, lateral, result_format(lateral))
+    launch(top, lateral, out, mode, gain)
+    return out
+
+
+def variants() -> Iterator[Variant]:
+    """What `launch` may compile: each tile of the table on dense maps, and one a walk and mode on strided ones."""
+    for (walk, reading, size, long), config in TABLE.items():
+        for alignment in (16, 0) if long else (16,):
+            pairs = reading == "pairs"
+            # A gathered coarse map is read element by element in the planes.
+            top_alignment = 0 if walk == "planes" and not pairs else alignment
+            yield variant(
+                merge_channels if walk == "channels" else merge_planes,
+                dict.fromkeys(("top", "lateral", "out"), POINTER_TYPES[size]),
+                ("gain", "scale_y", "scale_x"),
+                {
+                    **{"MODE": "nearest" if pairs else reading, "PAIRS": pairs, "WIDE": alignment == 0},
+                    **{"TOP": top_alignment, "LATERAL": alignment, "OUT": alignment},
+                    **{"ROWS": config.rows, "COLUMNS": config.columns},
+                },
+                {"num_warps": config.num_warps, "enable_fp_fusion": False},
+                f"upsample_add-{walk}-{reading}-{8 * size}bit-{config.rows}x{config.columns}"
+                f"-{'dense' if alignment else 'strided'}",
+                aligned=alignment > 0,
+                vectorised=alignment > 0,
+            )

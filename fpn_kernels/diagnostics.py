@@ -1,0 +1,126 @@
+"""What this machine has, which backend serves what, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from fpn_kernels.backends import selection
+from fpn_kernels.backends.selection import Explanation
+from fpn_kernels.version import __version__
+
+OPERATORS = ("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward")
+
+# Public functions that have no operator of their own, and what they are made of.
+COMPOSED = {
+    "output_conv": "PyTorch's own convolution (F.conv2d, padding 1)",
+    "top_down_pathway": "one lateral_connection a level; ask for that operator with the level's arguments",
+}
+
+
+def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Tells which backend would serve a call with these arguments, and why each one before it would not.
+
+    The call goes its whole way (checks, autocast, selection) and ends where a kernel would be launched; nothing is
+    computed.
+
+    Args:
+        operator: the name of an operator, such as ``"upsample_add"``, or the public function itself.
+        *args: the call's arguments.
+        **kwargs: the call's keyword arguments.
+
+    Returns:
+        An `Explanation` with `operator`, `backend` and `refusals`; ``print`` it.
+
+    Raises:
+        ValueError: there is no such operator; or the arguments, or a forced backend, do not fit (as the call would).
+        TypeError: as the call would.
+
+    Example::
+
+        print(fpn_kernels.explain("upsample_add", top, lateral))
+    """
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", None)
+    if name in COMPOSED:
+        return Explanation(name, f"composition: {COMPOSED[name]}", {})
+    if name not in OPERATORS:
+        raise ValueError(f"operator: expected one of {(*OPERATORS, *COMPOSED)}, got {operator!r}")
+    call = getattr(torch.ops.fpn_kernels, name).default
+    for argument in call._schema.arguments[len(args) :]:
+        if isinstance(argument.type, torch.OptionalType) and not argument.has_default_value():
+            kwargs.setdefault(argument.name, None)
+    try:
+        with torch.no_grad(), selection.explaining():
+            call(*args, **kwargs)
+    except selection.Explained as answer:
+        return answer.explanation
+    except RuntimeError as error:
+        raise TypeError(f"{name}: the arguments do not fit its schema: {error}") from error
+    return Explanation(name, "nothing to launch: the result is empty, or the tensors hold no data", {})
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    top = torch.zeros(1, 8, 2, 2, device=device, dtype=dtype)
+    fine = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
+    weight = torch.zeros(8, 8, device=device, dtype=dtype)
+    return {
+        "upsample_add": (top, fine),
+        "upsample_add_backward": (fine, (2, 2)),
+        "lateral_connection": (fine, weight, None, top),
+        "merge_backward": (fine, (2, 2)),
+    }
+
+
+def _who_serves(name: str, arguments: tuple[Any, ...]) -> list[str]:
+    try:
+        return str(explain(name, *arguments)).splitlines()
+    except selection.BackendUnavailableError as error:
+        return str(error).splitlines()
+
+
+def _devices() -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [*(torch.device("cuda", index) for index in range(count)), torch.device("cpu")]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device}: {properties.name}, sm_{properties.major}{properties.minor}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{device}: {platform.machine()}, {instructions}, {torch.get_num_threads()} threads"
+
+
+def report() -> str:
+    """Versions, devices, backends, and which backend serves which operator on each device, as text."""
+    versions = {
+        "fpn_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+    }
+    lines = [f"{name:<12} {version}" for name, version in versions.items()] + [""]
+    forced = os.environ.get(selection.ENVIRONMENT_VARIABLE)
+    if forced:
+        lines += [f"{selection.ENVIRONMENT_VARIABLE}={forced} forces a backend", ""]
+    lines.append("backends, in order of preference")
+    for backend in selection.backends():
+        lines.append(f"  {backend.name:<8} {backend.unavailable() or 'available'}")
+    for device in _devices():
+        lines += ["", _device_name(device)]
+        for dtype in (torch.bfloat16, torch.float32):
+            lines.append(f"  {str(dtype).removeprefix('torch.')}")
+            for name, arguments in _samples(device, dtype).items():
+                lines += [f"    {line}" for line in _who_serves(name, arguments)]
+    return "\n".join(lines)

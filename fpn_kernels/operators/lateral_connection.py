@@ -1,0 +1,109 @@
+"""`fpn_kernels::lateral_connection`: ``gain * (conv1x1(feature) + bias + resize(top, feature's size))``.
+
+Without `top`, the convolution alone and no gain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_kernels.backends import selection
+from fpn_kernels.backends.layouts import allocate, requested_format, result_format
+from fpn_kernels.operators import registration
+from fpn_kernels.operators.checks import check_lateral_connection
+
+
+def _kernel(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
+    if feature.numel() == 0:
+        return _fake(feature, weight, bias, top, mode=mode, gain=gain, memory_format=memory_format)
+    matrix = weight.flatten(1)
+    result: Tensor = selection.call("lateral_connection", feature, matrix, bias, top, mode, gain, memory_format)
+    return result
+
+
+def _fake(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
+    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
+    return allocate(shape, feature, requested_format(feature, memory_format))
+
+
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
+    feature, weight, _, top = inputs
+    wants_feature, wants_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(feature if wants_weight else None, weight if wants_feature else None)
+    ctx.feature_format = result_format(feature)
+    ctx.top_size = None if top is None else top.shape[2:]
+    ctx.mode = keyword_only_inputs["mode"]
+    ctx.gain = 1.0 if top is None else keyword_only_inputs["gain"]
+    ctx.weight_shape = weight.shape
+
+
+def _sum_per_channel(grad: Tensor, gain: float) -> Tensor:
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return (grad.sum((0, 2, 3), dtype=wide) * gain).to(grad.dtype)
+
+
+def _weight_gradient(grad: Tensor, feature: Tensor, shape: torch.Size, gain: float) -> Tensor:
+    # The values of the weight do not enter its own gradient; only its shape is read.
+    weight = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 1, 1)
+    result: Tensor = torch.ops.aten.convolution_backward(
+        grad, feature, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+    return (result if gain == 1.0 else result * gain).reshape(shape)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    wants_feature, wants_weight, wants_bias, wants_top = ctx.needs_input_grad[:4]
+    feature, weight = ctx.saved_tensors
+    grad_feature = grad_weight = grad_bias = grad_top = None
+    options = {"mode": ctx.mode, "gain": ctx.gain}
+    if wants_top and wants_bias:
+        grad_top, grad_bias = torch.ops.fpn_kernels.merge_backward(grad, ctx.top_size, **options)
+    elif wants_top:
+        grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **options)
+    elif wants_bias:
+        grad_bias = _sum_per_channel(grad, ctx.gain)
+    if wants_feature:
+        # The adjoint of a 1x1 convolution is the 1x1 convolution with the transposed weight.
+        adjoint = weight.flatten(1).t()
+        adjoint = adjoint if ctx.gain == 1.0 else adjoint * ctx.gain
+        grad_feature = torch.ops.fpn_kernels.lateral_connection(
+            grad, adjoint, None, None, memory_format=ctx.feature_format
+        )
+    if wants_weight:
+        grad_weight = _weight_gradient(grad, feature, ctx.weight_shape, ctx.gain)
+    return grad_feature, grad_weight, grad_bias, grad_top
+
+
+_NAME = registration.define(
+    # No defaults before the star: the dispatcher drops trailing arguments that equal theirs, and the autograd formula
+    # would then be asked for fewer gradients than it returns.
+    "lateral_connection(Tensor feature, Tensor weight, Tensor? bias, Tensor? top, *, "
+    "str mode='nearest', float gain=1.0, MemoryFormat? memory_format=None) -> Tensor",
+    _kernel,
+    _fake,
+)
+registration.differentiable(_NAME, _backward, _setup_context)
+registration.autocast(_NAME)

@@ -1,0 +1,104 @@
+"""Source indices of `torch.nn.functional.interpolate`, and their inverse ranges, in one place.
+
+Every backend resamples by the index arithmetic written down here.  In eager PyTorch the nearest index is a
+*float32* computation (`nearest_neighbor_compute_source_index` in ATen's `UpSample.h`), and the rounding of that
+product shows: at 1,619 of the 79,401 pairs in < 200, out < 400 it is not the rational ``dst * in // out``.
+
+Eager is not of one mind about it.  Measured on torch 2.13, CPU: large contiguous float64 maps index in float64 in
+"nearest", and large contiguous maps of any dtype use a third formula in "nearest-exact", while small maps,
+channels-last maps and eager's own backward use the float32 formula.  Here the float32 formula serves every dtype,
+size and layout, so that a result does not depend on the layout of a map, and the backward is the exact adjoint.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+NEAREST_MODES = ("nearest", "nearest-exact")
+MODES = (*NEAREST_MODES, "bilinear")
+
+
+def scale(in_size: int, out_size: int) -> float:
+    """Source pixels to one destination pixel, ``float32(in) / float32(out)``, as a Python float."""
+    return float(torch.tensor(in_size, dtype=torch.float32) / torch.tensor(out_size, dtype=torch.float32))
+
+
+def source_index(
+    in_size: int, out_size: int, mode: str = "nearest", device: torch.device | str | None = None
+) -> Tensor:
+    """The pixel that each destination pixel reads along one axis, in the nearest modes.
+
+    ``nearest``: ``min(floor(dst * scale), in - 1)``; ``nearest-exact``: ``min(floor((dst + 0.5) * scale), in - 1)``,
+    both in float32.
+
+    Returns:
+        int64 tensor ``[out_size]``, non-decreasing.
+    """
+    destination = torch.arange(out_size, dtype=torch.float32, device=device)
+    if mode == "nearest-exact":
+        destination = destination + 0.5
+    elif mode != "nearest":
+        raise ValueError(f"mode: a source index is defined for {NEAREST_MODES}, got {mode!r}")
+    return (destination * scale(in_size, out_size)).floor().long().clamp(max=in_size - 1)
+
+
+def source_ranges(source: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
+    """The half-open range of destination pixels that read each source pixel: the forward's own indices, inverted.
+
+    Args:
+        source: a non-decreasing ``source_index`` result, ``[out_size]``.
+        in_size: the number of source pixels.
+
+    Returns:
+        ``(start, stop)``, int64 ``[in_size]`` each; empty where no destination pixel reads the source pixel.
+    """
+    edges = torch.searchsorted(source, torch.arange(in_size + 1, device=source.device))
+    return edges[:-1], edges[1:]
+
+
+def bilinear_weights(
+    in_size: int, out_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two source pixels of each destination pixel and the weight of the second (align_corners=False).
+
+    ``src = max(scale * (dst + 0.5) - 0.5, 0)``, computed in float64 where `dtype` is float64, else in float32.
+
+    Returns:
+        ``(lower, upper, weight_of_upper)``: int64, int64 and `dtype`, ``[out_size]`` each.
+    """
+    destination = torch.arange(out_size, dtype=dtype, device=device)
+    ratio = in_size / out_size if dtype == torch.float64 else scale(in_size, out_size)
+    source = ((destination + 0.5) * ratio - 0.5).clamp(min=0)
+    lower = source.long().clamp(max=in_size - 1)
+    return lower, (lower + 1).clamp(max=in_size - 1), source - lower
+
+
+def longest_range(in_size: int, out_size: int) -> int:
+    """An upper bound, on the host and without tables, of how many destination pixels read one source pixel.
+
+    One more than the rational bound, because a float32 index may sit one pixel to either side of it.
+    """
+    return min(-(-out_size // in_size) + 1, out_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def indices_agree(in_size: int, out_size: int, mode: str, dtype: torch.dtype) -> bool:
+    """Whether eager PyTorch's CPU forward is sure to read, along one axis, the pixels that `source_index` names.
+
+    It has a second path, taken on contiguous maps depending on their size, which computes in the dtype its sums have
+    (measured: a float64 map takes it above 128 rows and columns in all).  In "nearest" that is
+    ``floor(float32(dst * scale))``, for float32 sums the usual formula.  In "nearest-exact" it subtracts and adds a
+    half around the product, so its floor is sure only where the position is clear of the next whole number.
+    """
+    if in_size == out_size or (mode == "nearest" and dtype != torch.float64):
+        return True
+    destination = torch.arange(out_size, dtype=torch.float64)
+    if mode == "nearest-exact":
+        position = (destination + 0.5) * (in_size / out_size)
+        clearance = (position - position.round()).abs()
+        return bool((clearance > 4 * torch.finfo(torch.float32).eps * position.clamp(min=1)).all())
+    second = (destination * (in_size / out_size)).float().floor().long().clamp(max=in_size - 1)
+    return torch.equal(second, source_index(in_size, out_size, mode))

@@ -1,0 +1,45 @@
+"""One parametrisation over backends, and the one place that skips what this machine does not have."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from targets import INTERPRETED, Target, description, parameters
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped elsewhere")
+    config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
+    # Two test processes on two cores: more threads each would only wait for one another.
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+def pytest_report_header() -> list[str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    interpreter = "on" if INTERPRETED else "off"
+    return [f"torch {torch.__version__}, GPU: {gpu}, Triton interpreter: {interpreter}", description()]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (`make test` has a second run with it)")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("interpreter") and not INTERPRETED:
+            item.add_marker(no_interpreter)
+
+
+@pytest.fixture(params=parameters(), ids=str)
+def target(request: pytest.FixtureRequest) -> Target:
+    """A backend on a device."""
+    chosen: Target = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

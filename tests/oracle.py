@@ -1,0 +1,74 @@
+"""What the operators mean, in float64, by explicit indices: independent of `F.interpolate` and of every kernel.
+
+`F.interpolate` itself cannot be the oracle in float64: on contiguous CPU maps it then takes a float64 source index,
+another one than for the dtype under test.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def nearest_index(in_size: int, out_size: int, mode: str) -> list[int]:
+    """`min(floor(float32(dst [+ 0.5]) * float32(in / out)), in - 1)`, one scalar at a time in NumPy's float32."""
+    scale = np.float32(in_size) / np.float32(out_size)
+    half = np.float32(0.5 if mode == "nearest-exact" else 0.0)
+    return [min(int(np.floor((np.float32(d) + half) * scale)), in_size - 1) for d in range(out_size)]
+
+
+def resize_matrix(in_size: int, out_size: int, mode: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The resize along one axis as a matrix ``[out, in]`` in float64; `dtype` is that of the maps."""
+    matrix = torch.zeros(out_size, in_size, dtype=torch.float64)
+    if mode != "bilinear":
+        matrix[torch.arange(out_size), nearest_index(in_size, out_size, mode)] = 1
+        return matrix
+    real = np.float64 if dtype == torch.float64 else np.float32
+    scale = real(in_size) / real(out_size)
+    for d in range(out_size):
+        source = max(scale * (real(d) + real(0.5)) - real(0.5), real(0))
+        low = min(int(source), in_size - 1)
+        high = min(low + 1, in_size - 1)
+        matrix[d, low] += float(1 - (source - real(low)))
+        matrix[d, high] += float(source - real(low))
+    return matrix
+
+
+def resize(top: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Differentiable, float64, on the CPU."""
+    rows = resize_matrix(top.shape[2], size[0], mode, top.dtype)
+    columns = resize_matrix(top.shape[3], size[1], mode, top.dtype)
+    return torch.einsum("yh,nchw,xw->ncyx", rows, top.double().cpu(), columns)
+
+
+def upsample_add(top: Tensor, lateral: Tensor, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+    return gain * (lateral.double().cpu() + resize(top, (lateral.shape[2], lateral.shape[3]), mode))
+
+
+def lateral_connection(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    top: Tensor | None = None,
+    mode: str = "nearest",
+    gain: float = 1.0,
+) -> Tensor:
+    result = torch.einsum("nkyx,ok->noyx", feature.double().cpu(), weight.double().cpu().flatten(1))
+    if bias is not None:
+        result = result + bias.double().cpu().view(1, -1, 1, 1)
+    return result if top is None else upsample_add(top, result, mode, gain)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative error in the Euclidean norm; NaN and infinity count as failed."""
+    exact = exact.detach()
+    difference = (result.detach().double().cpu() - exact).norm() / exact.norm().clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The unit roundoff: the relative error of rounding once."""
+    return torch.finfo(dtype).eps / 2

@@ -1,0 +1,82 @@
+"""The backends on the devices that the operator tests run on, and the proof of which one served."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fpn_kernels.backends import selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A backend and the device its tensors are on."""
+
+    backend: str
+    device: str
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+    def unavailable(self) -> str | None:
+        """Why this machine does not have the backend, or None."""
+        return {backend.name: backend for backend in selection.backends()}[self.backend].unavailable()
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that the backend computes."""
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        return floats if self.backend == "triton" else (*floats, torch.float64)
+
+    def require(self, dtype: torch.dtype) -> None:
+        """Skips a dtype that the backend leaves to eager (`test_backends.py` shows that it says so)."""
+        if dtype not in self.dtypes():
+            pytest.skip(f"{self.backend} leaves {dtype} to eager")
+
+    @contextlib.contextmanager
+    def serves(self, *operators: str) -> Iterator[None]:
+        """Forces the backend, and asserts that it served each of these operators and nothing else did."""
+        with selection.use_backend(self.backend), selection.record_calls() as calls:
+            yield
+        assert {operator for operator, _ in calls} == set(operators)
+        assert {backend for _, backend in calls} == {self.backend}
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_ALL = [
+    Target("eager", "cpu", "eager-cpu"),
+    Target("native", "cpu", "native-cpu"),
+    Target("eager", "cuda", "eager-cuda"),
+    Target("native", "cuda", "native-cuda"),
+    Target("triton", "cuda", "triton-cuda"),
+]
+
+
+def _here(target: Target) -> bool:
+    return (target.device == "cpu" or torch.cuda.is_available()) and target.unavailable() is None
+
+
+def parameters() -> list[object]:
+    """The targets that this machine has; without a GPU, one more that shows as skipped what a GPU would add.
+
+    Under TRITON_INTERPRET=1, the interpreter alone: the other targets have their run without it.
+    """
+    if INTERPRETED:
+        return [pytest.param(Target("triton", "cpu", "triton-interpreter"), marks=pytest.mark.interpreter)]
+    chosen = [target for target in _ALL if _here(target)]
+    if not torch.cuda.is_available():
+        chosen.append(_ALL[-1])
+    gpu = pytest.mark.gpu
+    return [pytest.param(target, marks=gpu if target.device == "cuda" else ()) for target in chosen]
+
+
+def description() -> str:
+    """One line for the head of the test run."""
+    absent = [f"{b.name} ({b.unavailable()})" for b in selection.backends() if b.unavailable() is not None]
+    return f"backends: {', '.join(selection.available_backends())}; not here: {'; '.join(absent) or 'none'}"

@@ -1,0 +1,213 @@
+"""Selection, `use_backend`, `available_backends`, `explain` and `python -m fpn_kernels`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fpn_kernels
+from fpn_kernels.backends import eager, native, selection
+from fpn_kernels.backends.selection import Backend, BackendUnavailableError, Implementation
+
+TOP, LATERAL = torch.ones(1, 2, 2, 2), torch.ones(1, 2, 4, 4)
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def fake_backend() -> object:
+    """A backend of first choice that serves `upsample_add` in float32 with a wrong, recognisable result."""
+
+    def refusal(top: torch.Tensor, *_: object) -> str | None:
+        return None if top.dtype == torch.float32 else f"serves float32 only, got {top.dtype}"
+
+    implementation = Implementation(lambda top, lateral, mode, gain: torch.full_like(lateral, 42.0), refusal)
+    previous = dict(selection._registry)
+    selection._registry.clear()
+    selection.register(Backend("fake", lambda: None, {"upsample_add": implementation}))
+    selection._registry.update(previous)
+    yield
+    selection._registry.pop("fake")
+
+
+def test_eager_is_here_and_last() -> None:
+    assert fpn_kernels.available_backends()[-1] == "eager"
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_the_first_backend_that_does_not_refuse_serves() -> None:
+    with selection.record_calls() as calls:
+        assert float(fpn_kernels.upsample_add(TOP, LATERAL)[0, 0, 0, 0]) == 42
+        fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
+    assert calls[0] == ("upsample_add", "fake") and calls[1][1] != "fake"
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_a_forced_backend_that_refuses_raises_with_its_reason() -> None:
+    with fpn_kernels.use_backend("fake"):
+        with pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64"):
+            fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
+        with pytest.raises(ValueError, match="fake: has no implementation of lateral_connection"):
+            fpn_kernels.lateral_connection(LATERAL, torch.ones(2, 2))
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_use_backend_nests_and_gives_back() -> None:
+    with fpn_kernels.use_backend("fake"):
+        with fpn_kernels.use_backend("eager"):
+            assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "eager"
+        assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"
+        with fpn_kernels.use_backend(None):
+            assert not fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
+    assert not fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
+
+
+def test_use_backend_without_a_block_holds_until_changed() -> None:
+    try:
+        fpn_kernels.use_backend("eager")
+        assert fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
+    finally:
+        fpn_kernels.use_backend(None)
+    assert not fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
+
+
+def test_the_forced_backend_holds_in_other_threads() -> None:
+    """As autograd's own threads are: a choice that the backward did not see would be no choice."""
+    seen: list[bool] = []
+    with fpn_kernels.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(fpn_kernels.explain("upsample_add", TOP, LATERAL).forced))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_unknown_and_absent_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"name: expected one of \('native', 'triton', 'eager'\), got 'cuda'"):
+        fpn_kernels.use_backend("cuda")
+    with pytest.raises(TypeError, match="name: expected a backend's name or None, got int"):
+        fpn_kernels.use_backend(3)  # type: ignore[arg-type]
+    absent = Backend("absent", lambda: "no such hardware", {})
+    monkeypatch.setitem(selection._registry, "absent", absent)
+    with pytest.raises(BackendUnavailableError, match="name: backend 'absent' is not available here: no such hardware"):
+        fpn_kernels.use_backend("absent")
+    assert "absent" not in fpn_kernels.available_backends()
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "absent")
+    with pytest.raises(ValueError, match="FPN_KERNELS_BACKEND: backend 'absent' is not available here"):
+        fpn_kernels.upsample_add(TOP, LATERAL)
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_the_environment_variable_forces_and_use_backend_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "eager")
+    assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "eager"
+    with fpn_kernels.use_backend("fake"):
+        assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_explain_says_who_serves_and_why_not_the_others() -> None:
+    with selection.record_calls() as calls:
+        explanation = fpn_kernels.explain(fpn_kernels.upsample_add, TOP.double(), LATERAL.double(), gain=0.5)
+    assert calls == [], "nothing is computed"
+    assert explanation.refusals["fake"] == "serves float32 only, got torch.float64"
+    assert str(explanation).startswith(
+        f"upsample_add: served by {explanation.backend}\n  fake does not: serves float32"
+    )
+
+
+def test_explain_goes_the_whole_way_of_the_call() -> None:
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        fpn_kernels.explain("upsample_add", TOP, LATERAL, mode="cubic")
+    with pytest.raises(TypeError, match="top: expected the dtype of lateral"):
+        fpn_kernels.explain("upsample_add", TOP.double(), LATERAL)
+    with pytest.raises(TypeError, match="upsample_add: the arguments do not fit its schema"):
+        fpn_kernels.explain("upsample_add", TOP)
+    with pytest.raises(ValueError, match="operator: expected one of .*'upsample'"):
+        fpn_kernels.explain("upsample", TOP, LATERAL)
+    assert fpn_kernels.explain("lateral_connection", LATERAL, torch.ones(2, 2)).operator == "lateral_connection"
+    assert "composition" in fpn_kernels.explain("output_conv", LATERAL).backend
+    assert "nothing to launch" in fpn_kernels.explain("upsample_add", TOP[:0], LATERAL[:0]).backend
+
+
+def test_a_library_that_does_not_load_keeps_its_first_error(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "_native.so"  # type: ignore[operator]
+    broken.write_bytes(b"\x7fELF and nothing more")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    native.load_error.cache_clear()
+    try:
+        assert "would not load" in str(native.load_error())
+        assert "_native.so" in str(native.load_error())
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")  # type: ignore[operator]
+        native.load_error.cache_clear()
+        assert native.load_error() == "the compiled library was not built"
+    finally:
+        native.load_error.cache_clear()
+
+
+def test_importing_needs_no_triton_and_compiles_nothing() -> None:
+    code = (
+        "import sys, builtins\n"
+        "sys.modules['triton'] = None\n"  # makes `import triton` raise ImportError
+        "import subprocess; subprocess.Popen = None\n"  # no compiler can be started
+        "import torch, fpn_kernels\n"
+        "assert 'triton' not in [m for m, v in sys.modules.items() if v is not None]\n"
+        "print(fpn_kernels.upsample_add(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)).sum().item())\n"
+        "print(dict((b.name, b.unavailable()) for b in fpn_kernels.backends.selection.backends())['triton'])\n"
+    )
+    run = _python(code, TRITON_INTERPRET="0")
+    assert run.returncode == 0, run.stderr
+    total, reason = run.stdout.splitlines()
+    assert float(total) == 8.0
+    assert "Triton" in reason or "triton" in reason
+
+
+def test_importing_does_not_import_triton() -> None:
+    run = _python("import sys, fpn_kernels; print('triton' in sys.modules)", TRITON_INTERPRET="0")
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_the_operators_appear_once() -> None:
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fpn_kernels::")]
+    assert sorted(names) == sorted(set(names))
+    assert {name.split("::")[1] for name in names} == {
+        "upsample_add",
+        "upsample_add_backward",
+        "lateral_connection",
+        "merge_backward",
+    }
+
+
+def test_the_report_names_versions_devices_and_who_serves() -> None:
+    run = subprocess.run([sys.executable, "-m", "fpn_kernels"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert f"torch        {torch.__version__}" in run.stdout
+    for operator in ("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"):
+        assert f"{operator}: served by" in run.stdout
+    assert "native" in run.stdout and "triton" in run.stdout and "cpu: " in run.stdout
+
+
+def test_the_report_shows_a_forced_backend_that_refuses() -> None:
+    code = "from fpn_kernels import diagnostics; print(diagnostics.report())"
+    run = _python(code, FPN_KERNELS_BACKEND="nonsense")
+    assert run.returncode == 0, run.stderr
+    assert "FPN_KERNELS_BACKEND: expected one of" in run.stdout
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
+def test_eager_has_an_adjoint_of_its_own_where_aten_has_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that CUDA takes at uneven sizes (ATen's CUDA backward is not exact there), shown on the CPU."""
+    for before, after in [((3, 5), (7, 10)), ((30, 2), (58, 141)), ((1, 1), (5, 4)), ((9, 8), (4, 3))]:
+        grad = torch.randn(2, 3, *after, dtype=torch.float64)
+        expected = eager.upsample_add_backward(grad, before, mode, 0.7)
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "_aten_adjoint_is_exact", lambda *_: False)
+            torch.testing.assert_close(eager.upsample_add_backward(grad, before, mode, 0.7), expected)

@@ -1,0 +1,115 @@
+"""`top_down_pathway`: the numbers of chained lateral connections, on every backend that is here."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from samples import random_map
+from targets import Target
+from torch import Tensor
+
+import fpn_kernels
+from fpn_kernels import reference
+
+SIZES = [(30, 45), (15, 23), (8, 12), (4, 6)]
+CHANNELS = [4, 8, 12, 16]
+COUT = 10
+
+
+def _inputs(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", layout: str = "nchw"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    features = [
+        random_map((2, channels, *size), dtype, device, layout) for channels, size in zip(CHANNELS, SIZES, strict=True)
+    ]
+    weights = [random_map((COUT, channels, 1, 1), dtype, device) / channels**0.5 for channels in CHANNELS]
+    return features, weights, [torch.randn(COUT, device=device).to(dtype) for _ in CHANNELS]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_equals_chained_lateral_connections(has_biases: bool, mode: str, target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device)
+    with fpn_kernels.use_backend(target.backend):
+        merged = fpn_kernels.top_down_pathway(features, weights, biases if has_biases else None, mode=mode, gain=0.5)
+        top = None
+        for level in (3, 2, 1, 0):
+            bias = biases[level] if has_biases else None
+            top = fpn_kernels.lateral_connection(features[level], weights[level], bias, top, mode=mode, gain=0.5)
+            assert torch.equal(merged[level], top)
+    assert isinstance(merged, tuple)
+
+
+def test_matches_the_reference_in_value_and_gradient(target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device)
+    leaves = [tensor.requires_grad_() for tensor in (*features, *weights, *biases)]
+    with target.serves("lateral_connection", "merge_backward"):
+        merged = fpn_kernels.top_down_pathway(features, weights, biases)
+        ours = torch.autograd.grad(sum((m**2).sum() for m in merged), leaves)
+    expected = reference.top_down_pathway(features, weights, biases)
+    theirs = torch.autograd.grad(sum((m**2).sum() for m in expected), leaves)
+    for result, twin in zip((*merged, *ours), (*expected, *theirs), strict=True):
+        assert oracle.error(result, twin.double().cpu()) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_every_result_has_the_asked_layout(layout: str, target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device, layout=layout)
+    with fpn_kernels.use_backend(target.backend):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for merged in fpn_kernels.top_down_pathway(features, weights, biases, memory_format=memory_format):
+                assert merged.is_contiguous(memory_format=memory_format)
+
+
+def test_one_level_is_the_convolution_alone() -> None:
+    features, weights, biases = _inputs()
+    (merged,) = fpn_kernels.top_down_pathway(features[:1], weights[:1], biases[:1], gain=0.5)
+    assert torch.equal(merged, fpn_kernels.lateral_connection(features[0], weights[0], biases[0]))
+
+
+def test_a_level_may_have_no_bias() -> None:
+    features, weights, biases = _inputs()
+    some = [biases[0], None, biases[2], None]
+    merged = fpn_kernels.top_down_pathway(features, weights, some)
+    expected = reference.top_down_pathway(features, weights, some)
+    for ours, theirs in zip(merged, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+BAD = {
+    "no features": (lambda f, w, b: ([], [], None), ValueError, "features: expected at least one map"),
+    "a tensor": (lambda f, w, b: (f[0], w, b), TypeError, "features: expected a list or tuple of tensors, got Tensor"),
+    "a mapping": (lambda f, w, b: (dict(enumerate(f)), w, b), TypeError, "features: .*got dict"),
+    "weights": (lambda f, w, b: (f, w[:3], b), ValueError, "weights: expected one a level, 4, got 3"),
+    "biases": (lambda f, w, b: (f, w, b[:3]), ValueError, "biases: expected one a level, 4, got 3"),
+    "one feature": (
+        lambda f, w, b: ([*f[:3], None], w, b),
+        TypeError,
+        r"features\[3\]: expected a tensor, got NoneType",
+    ),
+    "one weight": (lambda f, w, b: (f, [w[1], *w[1:]], b), ValueError, r"weights\[0\]: expected the shape \[Cout, 4,"),
+    "one bias": (lambda f, w, b: (f, w, [*b[:3], b[3][1:]]), ValueError, r"biases\[3\]: expected the shape \[10\]"),
+    "one dtype": (lambda f, w, b: ([f[0], f[1].half(), *f[2:]], w, b), TypeError, r"weights\[1\]: expected the dtype"),
+    "one batch": (
+        lambda f, w, b: ([*f[:3], f[3][:1]], w, b),
+        ValueError,
+        r"features\[3\]: expected the batch of .*2, g",
+    ),
+    "one width": (lambda f, w, b: (f, [*w[:3], w[3][:5]], None), ValueError, r"weights\[3\]: expected the output chan"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_computed(case: str) -> None:
+    make, error, message = BAD[case]
+    with fpn_kernels.backends.selection.record_calls() as calls, pytest.raises(error, match=message):
+        fpn_kernels.top_down_pathway(*make(*_inputs()))
+    assert calls == []
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match="mode: expected one of"):
+        fpn_kernels.top_down_pathway(*_inputs(), mode="cubic")
+    with pytest.raises(TypeError, match="memory_format: expected a torch.memory_format"):
+        fpn_kernels.top_down_pathway(*_inputs(), memory_format="nchw")
