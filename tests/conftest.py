@@ -8,6 +8,8 @@ import pytest
 import torch
 from targets import INTERPRETED, Target, description, parameters
 
+from fpn_kernels.backends import triton
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped elsewhere")
@@ -24,13 +26,21 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
-    no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (`make test` has a second run with it)")
+    """The one place that skips for want of a machine, each time with the reason."""
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
+        "interpreter": _no_interpreter(),
+    }
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
-        if item.get_closest_marker("interpreter") and not INTERPRETED:
-            item.add_marker(no_interpreter)
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_interpreter() -> str | None:
+    if not INTERPRETED:
+        return "needs TRITON_INTERPRET=1 (`make test` has a second run with it)"
+    return triton.BACKEND.unavailable()
 
 
 @pytest.fixture(params=parameters(), ids=str)

@@ -78,9 +78,7 @@ def test_in_the_network(block: ExtraFPNBlock, sizes: dict[str, tuple[int, int]])
 class Doubled(ExtraFPNBlock):
     """Returns new lists, and looks at everything it is given."""
 
-    def forward(
-        self, results: list[Tensor], x: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         assert len(results) == len(x) == len(names) == 2
         assert [m.shape[1] for m in x] == [7, 9] and [m.shape[1] for m in results] == [6, 6]
         return [2 * p for p in results], [f"{name}x2" for name in names]

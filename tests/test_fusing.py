@@ -11,7 +11,7 @@ import torch
 from oracle import error, rounding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from twins import NAMES, WIDTH, Twin, assert_same, group_norm, maps, pair, scramble, served
+from twins import NAMES, Twin, assert_same, group_norm, maps, pair, scramble, served
 
 from fpn_kernels.modules import FeaturePyramidNetwork, FrozenBatchNorm2d
 from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics
@@ -70,7 +70,7 @@ def frozen_with_activation(channels: int) -> nn.Module:
         (InPlaceActivatedNorm, False),
         (frozen_with_activation, False),
     ],
-    ids="bn sync frozen d2 no-affine eps no-stats gn in bn-relu abn frozen-relu".split(),
+    ids=["bn", "sync", "frozen", "d2", "no-affine", "eps", "no-stats", "gn", "in", "bn-relu", "abn", "frozen-relu"],
 )
 def test_norms_that_are_folded_and_norms_that_are_not(norm_layer: Any, is_folded: bool) -> None:
     network, twin = pair(norm_layer)
@@ -322,6 +322,36 @@ def test_parametrised_weights_are_read_once_and_trained_through() -> None:
         assert model.inner_blocks[1][0].parametrizations.weight.original.grad is not None
     for name, parameter in network.named_parameters():
         assert error(parameter.grad, dict(twin.named_parameters())[name].grad.double()) < 1e-4, name
+
+
+class HalvedWeight(Tensor):
+    """A wrapper like a quantised weight or a DTensor: it stores half of what it stands for."""
+
+    @staticmethod
+    def __new__(cls, half: Tensor) -> HalvedWeight:
+        return Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+
+    def __init__(self, half: Tensor) -> None:
+        self.half_of_it = half
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["half_of_it"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        assert func.namespace == "aten", "a fused operator was handed the wrapper"
+        return func(*(2 * a.half_of_it if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+def test_wrapped_weights_are_left_to_their_module() -> None:
+    network, twin = pair()
+    expected = twin(x := maps())
+    conv = network.inner_blocks[1][0]
+    conv.weight = nn.Parameter(HalvedWeight(conv.weight.detach() / 2), requires_grad=False)
+    with torch.no_grad():
+        assert served(lambda: assert_same(network(x), expected)) == LEVEL_1_MERGED_APART
 
 
 def test_old_style_spectral_norm_is_a_hook() -> None:

@@ -297,7 +297,7 @@ def test_constructor_errors(options: Any, error_type: type[Exception], message: 
     ("image", "error_type", "message"),
     [
         ([torch.zeros(3, 8, 8)], TypeError, "image: expected a Tensor .*got list"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "image: expected a floating-point dtype, got torch.uint8"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "image: expected a floating.*got torch.uint8"),
         (torch.zeros(3, 8, 8), ValueError, r"image: .*got shape \(3, 8, 8\)"),
         (torch.zeros(1, 8, 8, 3), ValueError, r"image: .*got shape \(1, 8, 8, 3\)"),
         (torch.zeros(1, 3, 0, 8), ValueError, "image: .*H, W >= 1"),

@@ -24,7 +24,7 @@ class Variant:
         attrs: Triton's argument attributes: base pointers are 16-byte aligned where the tensors are dense.
         options: num_warps and the like.
         description: what it serves; a test's name.
-        vectorised: every access to a map (but a gathered one) is expected to be of 16 bytes.
+        wide: instructions (LDG, STG, LDGSTS) that are all expected to move 16 bytes.
         matrix_product: tensor-core instructions are expected.
     """
 
@@ -34,7 +34,7 @@ class Variant:
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     options: Mapping[str, Any]
     description: str
-    vectorised: bool = False
+    wide: tuple[str, ...] = ()
     matrix_product: bool = False
 
 
@@ -47,7 +47,8 @@ def variant(
     description: str,
     *,
     aligned: bool,
-    **expectations: bool,
+    wide: tuple[str, ...] = (),
+    matrix_product: bool = False,
 ) -> Variant:
     """Describes one compilation: what is neither a pointer, a float nor a constexpr is an i32."""
     signature: dict[str, str] = {}
@@ -61,7 +62,7 @@ def variant(
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in floats else "i32"
-    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, **expectations)
+    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, wide, matrix_product)
 
 
 def all_variants() -> Iterator[Variant]:

@@ -15,6 +15,7 @@ INT32_REACH = 2**31 - 1
 
 # Sixteen elements cover a 16-byte access in every dtype served, and keep the number of variants compiled small.
 _WIDEST = 16
+_ALIGNED_BYTES = 16
 
 # A machine without a GPU interprets; the number only shapes the grid there.
 _DEFAULT_PROCESSORS = 132
@@ -35,14 +36,16 @@ def needs_int64(*tensors: Tensor) -> bool:
 def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     """How far a run of elements along `dim` may be vectorised: 0 where its stride is not 1, else 1 to 16 elements.
 
-    The power of two that divides the start of the tensor, every other stride, and each of `counts` (the bounds that
-    masks compare with): Triton sees these numbers only at run time and cannot assume it.
+    The power of two that divides every other stride and each of `counts` (the bounds that masks compare with): Triton
+    sees these numbers only at run time and cannot assume it.  That the start is aligned to 16 bytes Triton finds out
+    for itself, and there is nothing to vectorise where it is not.
     """
     steps = strides(tensor)
     if steps[dim] != 1:
         return 0
-    others = steps[:dim] + steps[dim + 1 :]
-    return math.gcd(_WIDEST, tensor.data_ptr() // tensor.element_size(), *others, *counts)
+    if tensor.data_ptr() % _ALIGNED_BYTES:
+        return 1
+    return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -43,23 +43,42 @@ class ProductConfig:
     num_stages: int
 
 
-# (arithmetic, whether the large tile fills the device) -> tile.  128 x 128 with 8 warps keeps 64 sums a thread, which
-# leaves registers for the coarse tile; Hopper's tensor cores want at least 64 rows a warpgroup.
+# (arithmetic, size of the tile) -> tile.  128 x 128 with 8 warps keeps 64 sums a thread, which leaves registers for the
+# coarse tile; Hopper's tensor cores want at least 64 rows a warpgroup.  "narrow" is for maps whose accesses are not
+# vectorised: one address an element, so that the large tile spills (compiled: 27 stores on sm_80).
 TABLE = {
-    ("half", True): ProductConfig(128, 128, 64, 8, 3),
-    ("half", False): ProductConfig(64, 64, 64, 4, 4),
-    ("tf32", True): ProductConfig(128, 128, 32, 8, 3),
-    ("tf32", False): ProductConfig(64, 64, 32, 4, 4),
-    ("ieee", True): ProductConfig(64, 64, 16, 4, 3),
-    ("ieee", False): ProductConfig(32, 32, 16, 4, 3),
+    ("half", "large"): ProductConfig(128, 128, 64, 8, 3),
+    ("half", "small"): ProductConfig(64, 64, 64, 4, 4),
+    ("half", "narrow"): ProductConfig(64, 64, 32, 4, 2),
+    ("tf32", "large"): ProductConfig(128, 128, 32, 8, 3),
+    ("tf32", "small"): ProductConfig(64, 64, 32, 4, 4),
+    ("tf32", "narrow"): ProductConfig(64, 64, 32, 4, 2),
+    ("ieee", "large"): ProductConfig(64, 64, 16, 4, 3),
+    ("ieee", "small"): ProductConfig(32, 32, 16, 4, 3),
+    ("ieee", "narrow"): ProductConfig(32, 32, 16, 4, 2),
 }
 
+# Elements that each operand can be read by, and the result written by, at least, for the two larger tiles.
+_NARROWEST_ACCESS = 2
+_FULL_ACCESS = 8
 
-def choose(arithmetic: str, batch: int, pixels: int, channels: int, processors: int) -> ProductConfig:
-    """The large tile where there are at least as many of it as multiprocessors, else the small one."""
-    large = TABLE[arithmetic, True]
+
+def choose(
+    arithmetic: str, batch: int, pixels: int, channels: int, processors: int, access: int, wide: bool
+) -> ProductConfig:
+    """The large tile where there are at least as many of it as multiprocessors, else the small one.
+
+    `access` is how many elements the layouts allow to be moved at once, 0 for strided ones; `wide` says that offsets
+    are int64.
+    """
+    if access < _NARROWEST_ACCESS:
+        return TABLE[arithmetic, "narrow"]
+    large = TABLE[arithmetic, "large"]
     tiles = batch * -(-pixels // large.pixels) * -(-channels // large.channels)
-    return TABLE[arithmetic, tiles >= processors and channels > large.channels // 2]
+    fills = tiles >= processors and channels > large.channels // 2
+    # Many addresses of 64 bits each are too much for it: 4 registers spilled on sm_90 (compiled).
+    fits = access >= _FULL_ACCESS or not wide
+    return TABLE[arithmetic, "large" if fills and fits else "small"]
 
 
 def arithmetic_of(feature: Tensor) -> str:
@@ -115,11 +134,11 @@ def connect(
     top_n, top_c, top_y, top_x,
     out_n, out_c, out_p,
     pixel_tiles, channel_tiles,
-    MODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TOP: tl.constexpr,
+    MODE: tl.constexpr, HAS_TOP: tl.constexpr,
     ARITHMETIC: tl.constexpr, PIXELS_LAST: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     FEATURE_CHANNELS: tl.constexpr, FEATURE_PIXELS: tl.constexpr,
     WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
-    TOP: tl.constexpr, OUT: tl.constexpr,
+    BIAS: tl.constexpr, TOP: tl.constexpr, OUT: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -179,8 +198,8 @@ def connect(
             total = tl.dot(left, right, total, input_precision="tf32")
 
     inside = _by_pixel(pixel_inside, PIXELS_LAST) & _by_channel(channel_inside, PIXELS_LAST)
-    if HAS_BIAS:
-        addend = tl.load(bias + widened(c, WIDE) * bias_o, mask=channel_inside, other=0.0).to(tl.float32)
+    if BIAS is not None:
+        addend = tl.load(bias + along(widened(c, WIDE), bias_o, BIAS), mask=channel_inside, other=0.0).to(tl.float32)
         total += _by_channel(addend, PIXELS_LAST)
     if HAS_TOP:
         source_y = nearest_source(y, scale_y, top_height, MODE)
@@ -234,9 +253,11 @@ def launch(
     else:
         out_alignment = geometry.alignment(flat_out, 1, out_channels)
     arithmetic = arithmetic_of(feature)
-    config = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature))
+    weight_out = 0 if weight_in else geometry.alignment(weight, 0, out_channels)
+    wide = geometry.needs_int64(*(t for t in (feature, weight, bias, top, out) if t is not None))
+    access = min(by_channels or by_pixels, weight_in or weight_out, out_alignment)
+    config = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature), access, wide)
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
-    present = [t for t in (feature, weight, bias, top, out) if t is not None]
     with geometry.device_guard(feature):
         connect[(batch * pixel_tiles * channel_tiles,)](
             *(feature, weight, out if bias is None else bias, out if top is None else top, out, gain),
@@ -244,21 +265,21 @@ def launch(
             *(in_channels, out_channels, height, width, top_height, top_width),
             *feature_strides,
             *geometry.strides(weight),
-            0 if bias is None else bias.stride(0),
+            0 if bias is None else geometry.strides(bias)[0],
             *((0, 0, 0, 0) if top is None else geometry.strides(top)),
             *geometry.strides(flat_out),
             *(pixel_tiles, channel_tiles),
             MODE=mode,
-            HAS_BIAS=bias is not None,
             HAS_TOP=top is not None,
             ARITHMETIC=arithmetic,
             PIXELS_LAST=pixels_last,
             FLAT=flat,
-            WIDE=geometry.needs_int64(*present),
+            WIDE=wide,
             FEATURE_CHANNELS=by_channels,
             FEATURE_PIXELS=by_pixels,
             WEIGHT_IN=weight_in,
-            WEIGHT_OUT=0 if weight_in else geometry.alignment(weight, 0, out_channels),
+            WEIGHT_OUT=weight_out,
+            BIAS=None if bias is None else geometry.alignment(bias, 0, out_channels),
             TOP=0 if top is None else geometry.alignment(top, 1, out_channels),
             OUT=out_alignment,
             PIXELS=config.pixels,
@@ -288,32 +309,48 @@ def lateral_connection(
     return out
 
 
+_LAYOUTS = {
+    # feature's alignment by channels and by pixels, weight's by input and by output channels, top, out, transposed tile
+    "nhwc": (16, 0, 16, 0, 16, 16, False),
+    "nchw": (0, 16, 16, 0, 0, 16, True),
+    # NCHW in and NHWC out, the weight transposed as in the gradient of the feature.
+    "mixed": (0, 16, 0, 16, 16, 16, False),
+    # Counts that are even and no more, as of 150 x 225 maps.
+    "even": (0, 2, 2, 0, 0, 2, True),
+    "strided": (0, 0, 0, 0, 0, 1, True),
+}
+_COMPILED = {
+    "large": ("nhwc", "nchw", "mixed", "even", "nhwc-alone", "nhwc-wide", "nhwc-crop"),
+    "small": ("nhwc", "nchw", "mixed", "even-wide", "nhwc-alone"),
+    "narrow": ("strided",),
+}
+
+
 def variants() -> Iterator[Variant]:
-    """What `launch` may compile: each tile of the table in each layout, with the merge; once without, once strided."""
-    for (arithmetic, large), config in TABLE.items():
+    """What `launch` may compile: every tile of the table in each layout that may choose it, with and without a merge."""
+    for (arithmetic, size), config in TABLE.items():
         kind = POINTER_TYPES[2 if arithmetic == "half" else 4]
-        for layout, merged in (("nhwc", True), ("nchw", True), ("mixed", True), ("strided", True), ("nhwc", False)):
-            dense = layout != "strided"
-            # "mixed": NCHW in, NHWC out, the weight transposed as in the gradient of the feature.
+        for layout in _COMPILED[size]:
+            name, _, special = layout.partition("-")
+            by_channels, by_pixels, weight_in, weight_out, top, out, pixels_last = _LAYOUTS[name]
+            dense = name in ("nhwc", "nchw", "mixed")
             yield variant(
                 connect,
                 dict.fromkeys(("feature", "weight", "bias", "top", "out"), kind),
                 ("gain", "scale_y", "scale_x"),
                 {
-                    **{"MODE": "nearest", "HAS_BIAS": True, "HAS_TOP": merged, "ARITHMETIC": arithmetic},
-                    **{"PIXELS_LAST": layout in ("nchw", "strided"), "FLAT": dense, "WIDE": not dense},
-                    "FEATURE_CHANNELS": 16 if layout == "nhwc" else 0,
-                    "FEATURE_PIXELS": 16 if layout in ("nchw", "mixed") else 0,
-                    "WEIGHT_IN": 16 if layout in ("nhwc", "nchw") else 0,
-                    "WEIGHT_OUT": 16 if layout == "mixed" else 0,
-                    "TOP": 16 if merged and layout in ("nhwc", "mixed") else 0,
-                    "OUT": 16 if dense else 1,
+                    **{"MODE": "nearest", "HAS_TOP": special != "alone", "ARITHMETIC": arithmetic},
+                    "PIXELS_LAST": pixels_last,
+                    "FLAT": name != "strided" and special != "crop",
+                    "WIDE": name == "strided" or special == "wide",
+                    **{"FEATURE_CHANNELS": by_channels, "FEATURE_PIXELS": by_pixels},
+                    **{"WEIGHT_IN": weight_in, "WEIGHT_OUT": weight_out},
+                    **{"BIAS": 16 if dense else 0, "TOP": top, "OUT": out},
                     **{"PIXELS": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth},
                 },
                 {"num_warps": config.num_warps, "num_stages": config.num_stages},
-                f"lateral_connection-{layout}-{'merged' if merged else 'alone'}-{arithmetic}"
-                f"-{config.pixels}x{config.channels}x{config.depth}",
-                aligned=dense,
-                vectorised=dense and not (merged and layout == "nchw"),
+                f"lateral_connection-{layout}-{arithmetic}-{config.pixels}x{config.channels}x{config.depth}",
+                aligned=name != "strided",
+                wide=("LDGSTS", "STG") if dense else (),
                 matrix_product=arithmetic != "ieee",
             )

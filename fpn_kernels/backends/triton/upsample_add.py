@@ -49,42 +49,35 @@ class TileConfig:
     num_warps: int
 
 
-# (walk, how the top is read, bytes of an element, whether rows are long) -> tile.  One or two 16-byte accesses a thread
-# of 128 to each tensor, so that with the coarse ones 32 KiB are in flight an SM at a quarter of its threads.
+# (walk, how the top is read, bytes of an element) -> tiles, the longest first.  One or two 16-byte accesses a thread of
+# 128 to each tensor, so that with the coarse ones 32 KiB are in flight an SM at a quarter of its threads.
 TABLE = {
-    ("channels", "pairs", 2, True): TileConfig(4, 256, 4),
-    ("channels", "pairs", 2, False): TileConfig(16, 64, 4),
-    ("channels", "pairs", 4, True): TileConfig(4, 128, 4),
-    ("channels", "pairs", 4, False): TileConfig(8, 64, 4),
-    ("channels", "nearest", 2, True): TileConfig(8, 256, 4),
-    ("channels", "nearest", 2, False): TileConfig(32, 64, 4),
-    ("channels", "nearest", 4, True): TileConfig(8, 128, 4),
-    ("channels", "nearest", 4, False): TileConfig(16, 64, 4),
-    ("channels", "bilinear", 2, True): TileConfig(4, 256, 4),
-    ("channels", "bilinear", 2, False): TileConfig(16, 64, 4),
-    ("channels", "bilinear", 4, True): TileConfig(4, 128, 4),
-    ("channels", "bilinear", 4, False): TileConfig(8, 64, 4),
-    ("planes", "pairs", 2, True): TileConfig(8, 64, 4),
-    ("planes", "pairs", 2, False): TileConfig(16, 32, 4),
-    ("planes", "pairs", 4, True): TileConfig(8, 64, 4),
-    ("planes", "pairs", 4, False): TileConfig(16, 32, 4),
-    ("planes", "nearest", 2, True): TileConfig(16, 128, 4),
-    ("planes", "nearest", 2, False): TileConfig(32, 32, 4),
-    ("planes", "nearest", 4, True): TileConfig(8, 128, 4),
-    ("planes", "nearest", 4, False): TileConfig(32, 32, 4),
-    ("planes", "bilinear", 2, True): TileConfig(8, 128, 4),
-    ("planes", "bilinear", 2, False): TileConfig(32, 32, 4),
-    ("planes", "bilinear", 4, True): TileConfig(8, 128, 4),
-    ("planes", "bilinear", 4, False): TileConfig(32, 32, 4),
+    ("channels", "pairs", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4)),
+    ("channels", "pairs", 4): (TileConfig(8, 64, 4),),
+    ("channels", "nearest", 2): (TileConfig(8, 256, 4), TileConfig(32, 64, 4)),
+    ("channels", "nearest", 4): (TileConfig(16, 64, 4),),
+    ("channels", "bilinear", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4)),
+    ("channels", "bilinear", 4): (TileConfig(8, 64, 4),),
+    ("planes", "pairs", 2): (TileConfig(16, 32, 4),),
+    ("planes", "pairs", 4): (TileConfig(16, 32, 4),),
+    ("planes", "nearest", 2): (TileConfig(32, 64, 4),),
+    ("planes", "nearest", 4): (TileConfig(16, 64, 4),),
+    ("planes", "bilinear", 2): (TileConfig(16, 64, 4),),
+    ("planes", "bilinear", 4): (TileConfig(16, 64, 4),),
 }
 
 
 def choose(walk: str, reading: str, element_size: int, columns: int) -> TileConfig:
-    """The tile for rows of `columns` elements (channels, or the width counted as the tile counts it)."""
-    long = TABLE[walk, reading, element_size, True]
-    # A long tile pays where it would be at least three quarters full.
-    tiles = -(-columns // long.columns)
-    return TABLE[walk, reading, element_size, 4 * columns >= 3 * tiles * long.columns]
+    """The longest tile that rows of `columns` elements (channels, or columns as the tile counts them) fill well."""
+    return longest_filled(TABLE[walk, reading, element_size], columns)
+
+
+def longest_filled(tiles: tuple[TileConfig, ...], columns: int) -> TileConfig:
+    """The first tile of which at least three quarters would be used; else the last, shortest one."""
+    for tile in tiles[:-1]:
+        if 4 * columns >= 3 * tile.columns * -(-columns // tile.columns):
+            return tile
+    return tiles[-1]
 
 
 def walk_of(tensor: Tensor) -> str:
@@ -292,24 +285,25 @@ def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor
 
 
 def variants() -> Iterator[Variant]:
-    """What `launch` may compile: each tile of the table on dense maps, and one a walk and mode on strided ones."""
-    for (walk, reading, size, long), config in TABLE.items():
-        for alignment in (16, 0) if long else (16,):
-            pairs = reading == "pairs"
-            # A gathered coarse map is read element by element in the planes.
-            top_alignment = 0 if walk == "planes" and not pairs else alignment
-            yield variant(
-                merge_channels if walk == "channels" else merge_planes,
-                dict.fromkeys(("top", "lateral", "out"), POINTER_TYPES[size]),
-                ("gain", "scale_y", "scale_x"),
-                {
-                    **{"MODE": "nearest" if pairs else reading, "PAIRS": pairs, "WIDE": alignment == 0},
-                    **{"TOP": top_alignment, "LATERAL": alignment, "OUT": alignment},
-                    **{"ROWS": config.rows, "COLUMNS": config.columns},
-                },
-                {"num_warps": config.num_warps, "enable_fp_fusion": False},
-                f"upsample_add-{walk}-{reading}-{8 * size}bit-{config.rows}x{config.columns}"
-                f"-{'dense' if alignment else 'strided'}",
-                aligned=alignment > 0,
-                vectorised=alignment > 0,
-            )
+    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
+    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
+    cases += [(key, tiles[0], 0) for key, tiles in TABLE.items() if key[2] == 2]
+    for (walk, reading, size), config, alignment in cases:
+        pairs = reading == "pairs"
+        yield variant(
+            merge_channels if walk == "channels" else merge_planes,
+            dict.fromkeys(("top", "lateral", "out"), POINTER_TYPES[size]),
+            ("gain", "scale_y", "scale_x"),
+            {
+                **{"MODE": "nearest" if pairs else reading, "PAIRS": pairs, "WIDE": alignment == 0},
+                # A gathered coarse map is read element by element in the planes.
+                "TOP": alignment if walk == "channels" or pairs else 0,
+                **{"LATERAL": alignment, "OUT": alignment},
+                **{"ROWS": config.rows, "COLUMNS": config.columns},
+            },
+            {"num_warps": config.num_warps, "enable_fp_fusion": False},
+            f"upsample_add-{walk}-{reading}-{8 * size}bit-{config.rows}x{config.columns}"
+            f"-{'dense' if alignment else 'strided'}",
+            aligned=alignment > 0,
+            wide=(("STG",) if walk == "planes" else ("LDG", "STG")) if alignment else (),
+        )

@@ -31,7 +31,7 @@ from fpn_kernels.backends.triton.device import (
     start_of,
     tile_of,
 )
-from fpn_kernels.backends.triton.upsample_add import TileConfig, walk_of
+from fpn_kernels.backends.triton.upsample_add import TileConfig, longest_filled, walk_of
 
 _RUN_TIME = [
     *("channels", "height", "width", "top_height", "top_width"),
@@ -40,54 +40,31 @@ _RUN_TIME = [
     *("row_tiles", "column_tiles", "groups"),
 ]
 
-# (walk, window, bytes of an element, whether rows are long) -> tile of coarse pixels.  One 16-byte access a thread of
-# 128 to each fine pixel of the window; window 0 is an area, whose tiles are of fine pixels.
-TABLE = {
-    ("channels", 1, 2, True): TileConfig(4, 256, 4),
-    ("channels", 1, 2, False): TileConfig(16, 64, 4),
-    ("channels", 1, 4, True): TileConfig(4, 128, 4),
-    ("channels", 1, 4, False): TileConfig(8, 64, 4),
-    ("channels", 2, 2, True): TileConfig(4, 256, 4),
-    ("channels", 2, 2, False): TileConfig(16, 64, 4),
-    ("channels", 2, 4, True): TileConfig(4, 128, 4),
-    ("channels", 2, 4, False): TileConfig(8, 64, 4),
-    ("channels", 4, 2, True): TileConfig(4, 256, 4),
-    ("channels", 4, 2, False): TileConfig(16, 64, 4),
-    ("channels", 4, 4, True): TileConfig(4, 128, 4),
-    ("channels", 4, 4, False): TileConfig(8, 64, 4),
-    ("channels", 0, 2, True): TileConfig(32, 64, 4),
-    ("channels", 0, 2, False): TileConfig(8, 64, 2),
-    ("channels", 0, 4, True): TileConfig(32, 32, 4),
-    ("channels", 0, 4, False): TileConfig(8, 32, 2),
-    ("planes", 1, 2, True): TileConfig(8, 64, 4),
-    ("planes", 1, 2, False): TileConfig(16, 32, 4),
-    ("planes", 1, 4, True): TileConfig(8, 64, 4),
-    ("planes", 1, 4, False): TileConfig(16, 32, 4),
-    ("planes", 2, 2, True): TileConfig(8, 64, 4),
-    ("planes", 2, 2, False): TileConfig(16, 32, 4),
-    ("planes", 2, 4, True): TileConfig(8, 64, 4),
-    ("planes", 2, 4, False): TileConfig(16, 32, 4),
-    ("planes", 4, 2, True): TileConfig(8, 64, 4),
-    ("planes", 4, 2, False): TileConfig(16, 32, 4),
-    ("planes", 4, 4, True): TileConfig(8, 64, 4),
-    ("planes", 4, 4, False): TileConfig(16, 32, 4),
-    ("planes", 0, 2, True): TileConfig(8, 256, 4),
-    ("planes", 0, 2, False): TileConfig(8, 32, 1),
-    ("planes", 0, 4, True): TileConfig(8, 128, 4),
-    ("planes", 0, 4, False): TileConfig(8, 32, 1),
-}
-
 PAIRS = 1  # the window that marks the two by two, unmasked case
 AREA = 0
+
+_PIXELS_BY_CHANNELS = {2: (TileConfig(4, 256, 4), TileConfig(16, 64, 4)), 4: (TileConfig(8, 64, 4),)}
+_ROWS_BY_COLUMNS = {2: (TileConfig(16, 32, 4),), 4: (TileConfig(16, 32, 4),)}
+
+# (walk, window, bytes of an element) -> tiles of coarse pixels, the longest first: one 16-byte access a thread of 128 to
+# each fine pixel of the window.  An area's tiles are of the fine pixels of a single coarse one.
+TABLE = {
+    **{("channels", window, n): _PIXELS_BY_CHANNELS[n] for window in (PAIRS, 2, 4) for n in (2, 4)},
+    **{("planes", window, n): _ROWS_BY_COLUMNS[n] for window in (PAIRS, 2, 4) for n in (2, 4)},
+    ("channels", AREA, 2): (TileConfig(32, 64, 4), TileConfig(8, 64, 2)),
+    ("channels", AREA, 4): (TileConfig(32, 32, 4), TileConfig(8, 32, 2)),
+    ("planes", AREA, 2): (TileConfig(8, 256, 4), TileConfig(8, 32, 1)),
+    ("planes", AREA, 4): (TileConfig(8, 256, 4), TileConfig(8, 32, 1)),
+}
 
 
 def choose(walk: str, window: int, element_size: int, columns: int, longest: int) -> TileConfig:
     """The tile for rows of `columns` elements; for areas, for ranges of up to `longest` fine pixels."""
-    long = TABLE[walk, window, element_size, True]
-    if window == AREA:
-        return TABLE[walk, window, element_size, 2 * longest >= (long.rows if walk == "channels" else long.columns)]
-    tiles = -(-columns // long.columns)
-    return TABLE[walk, window, element_size, 4 * columns >= 3 * tiles * long.columns]
+    tiles = TABLE[walk, window, element_size]
+    if window != AREA:
+        return longest_filled(tiles, columns)
+    large, small = tiles
+    return large if 2 * longest >= (large.rows if walk == "channels" else large.columns) else small
 
 
 def window_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> int:
@@ -393,13 +370,13 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
 
 
 def gather_variants(name: str, bias: bool) -> Iterator[Variant]:
-    """What `launch` may compile: each tile of the table on dense maps, and one a walk and window on strided ones."""
-    for (walk, window, size, long), config in TABLE.items():
-        modes = ("nearest",) if window in (PAIRS, 2) else ("nearest", "bilinear")
-        for mode, alignment in ((mode, a) for mode in modes for a in ((16, 0) if long else (16,))):
-            planes_gather = walk == "planes" and window > PAIRS
-            area = {"WALK": walk} if window == AREA else {"WINDOW": window}
-            kernel = gather_channels if walk == "channels" else gather_planes
+    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
+    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
+    cases += [(key, tiles[0], 0) for key, tiles in TABLE.items() if key[2] == 2]
+    for (walk, window, size), config, alignment in cases:
+        kernel = gather_channels if walk == "channels" else gather_planes
+        area = {"WALK": walk} if window == AREA else {"WINDOW": window}
+        for mode in ("nearest",) if window in (PAIRS, 2) else ("nearest", "bilinear"):
             yield variant(
                 gather_area if window == AREA else kernel,
                 {"grad": POINTER_TYPES[size], "out": POINTER_TYPES[size], "partials": "*fp32"},
@@ -413,7 +390,7 @@ def gather_variants(name: str, bias: bool) -> Iterator[Variant]:
                 f"{name}-{walk}-{mode}-{f'window{window}' if window else 'area'}-{8 * size}bit"
                 f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}",
                 aligned=alignment > 0,
-                vectorised=alignment > 0 and not planes_gather and not (window == AREA and walk == "planes"),
+                wide=("LDG",) if alignment and (walk == "channels" or window == PAIRS) else (),
             )
 
 

@@ -1,0 +1,57 @@
+# Each command makes what it needs: `make test` and `make bench` work on a fresh clone.
+#
+#   make test                        in a virtual environment (.venv) that is made once and reused
+#   make test PYTHON=python3 VENV=   in the Python at hand, with nothing downloaded
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= auto
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Test processes side by side, where pytest-xdist is installed.
+WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
+
+.PHONY: help test bench lint format clean
+
+help:
+	@echo 'make test    the tests, then the Triton kernels under their interpreter'
+	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  rewrites the sources as `make lint` wants them'
+	@echo 'make clean   removes what the other commands made'
+	@echo 'With PYTHON=python3 VENV= each runs in the Python at hand. ARGS="..." is passed on.'
+
+$(VENV)/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+test: $(READY)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS)
+
+bench: $(READY)
+	$(PY) -m benchmarks $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

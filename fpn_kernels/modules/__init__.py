@@ -1,0 +1,17 @@
+"""The modules: the pyramid, its extra levels, and a ResNet with its pyramid."""
+
+from fpn_kernels.modules.batch_norm import FrozenBatchNorm2d
+from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork
+from fpn_kernels.modules.resnet_fpn import ResNetFPN, resnet50_fpn, resnet101_fpn
+
+__all__ = [
+    "ExtraFPNBlock",
+    "FeaturePyramidNetwork",
+    "FrozenBatchNorm2d",
+    "LastLevelMaxPool",
+    "LastLevelP6P7",
+    "ResNetFPN",
+    "resnet50_fpn",
+    "resnet101_fpn",
+]

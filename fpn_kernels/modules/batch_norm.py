@@ -1,0 +1,112 @@
+"""BatchNorm with fixed statistics: the module, and its folding into the convolution before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm whose statistics and affine parameters are constants (buffers), as detectors use it.
+
+    Keys and meaning are those of torchvision's class of the same name; the ``num_batches_tracked`` of an
+    `nn.BatchNorm2d` checkpoint is dropped on loading.  The result has the dtype of the input.
+
+    Args:
+        num_features: channels C of the input ``[N, C, H, W]``.
+        eps: added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        # With gradients F.batch_norm would keep x for the gradient of weight and bias, which nobody asks for.
+        scale, shift = _affine(self)
+        shape = (1, -1, 1, 1)
+        return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def has_fixed_statistics(norm: nn.Module) -> bool:
+    """Whether `norm` is, in its present mode, the affine map of a channel that `fold` can absorb.
+
+    True for BatchNorm in eval mode (SyncBatchNorm included) and for frozen BatchNorm: this library's,
+    torchvision's or Detectron2's, told by its name, its tensors and its eps, since theirs cannot be imported
+    here.  A subclass with a forward of its own might do anything (an activation, say) and is not folded.
+    """
+    forward = type(norm).forward
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        known = forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        return known and not norm.training and norm.running_mean is not None and norm.running_var is not None
+    owner = next(cls for cls in type(norm).__mro__ if "forward" in cls.__dict__)
+    return (
+        owner.__name__ == "FrozenBatchNorm2d"
+        and all(
+            isinstance(getattr(norm, name, None), Tensor) for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        and isinstance(getattr(norm, "eps", None), float)
+    )
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """``(scale, shift)`` with ``norm(x) = scale * x + shift`` for each channel; in float32 at least."""
+    mean, variance = _wide(norm.running_mean), _wide(norm.running_var)
+    scale = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * _wide(norm.weight)
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + _wide(norm.bias)
+    return scale, shift
+
+
+def _wide(tensor: Any) -> Tensor:
+    wide: Tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight and bias of one convolution equal to ``norm(conv(x))``, made anew at every call.
+
+    Nothing is cached, so an optimiser step, a loaded checkpoint or an in-place edit can never be missed, and
+    gradients reach the convolution's parameters and the affine parameters of the norm.  Computed in float32
+    (float64 where a parameter is float64) and rounded once to the dtype of `weight`.
+
+    Args:
+        weight: ``[Cout, Cin, k, k]``.
+        bias: ``[Cout]`` or None.
+        norm: a norm that `has_fixed_statistics`.
+    """
+    scale, shift = _affine(norm)
+    folded = _wide(weight) * scale.view(-1, 1, 1, 1)
+    if bias is not None:
+        shift = torch.addcmul(shift, _wide(bias), scale)
+    return folded.to(weight.dtype), shift.to(weight.dtype)

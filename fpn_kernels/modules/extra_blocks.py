@@ -1,0 +1,70 @@
+"""The levels above the pyramid: P6 by subsampling (Faster R-CNN) or P6 and P7 by convolutions (RetinaNet)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ExtraFPNBlock(nn.Module):
+    """Base class of the blocks that extend a pyramid; subclass it for levels of your own.
+
+    A block is called once, after the output convolutions, with three lists in the order finest first, which
+    it may extend in place (they are the network's own copies).
+    """
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Extends the pyramid.
+
+        Args:
+            results: the P maps, ``[N, out_channels, H_l, W_l]`` each.
+            x: the C maps that the pyramid was made from, ``[N, in_channels_l, H_l, W_l]`` each.
+            names: the names of `results`.
+
+        Returns:
+            The extended maps and their names, as many of one as of the other.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward(results, x, names)")
+
+
+class LastLevelMaxPool(ExtraFPNBlock):
+    """P6 for Faster R-CNN: every second pixel of the coarsest map (max-pooling with kernel 1 and stride 2).
+
+    The new map is named "pool", as in torchvision.  It is used for the anchors of the largest boxes only and
+    has no parameters (section 4.1 of arXiv 1612.03144, footnote).
+    """
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        # A pool rather than a slice: the result must own its memory, not keep all of P5 alive through a view.
+        results.append(F.max_pool2d(results[-1], kernel_size=1, stride=2, padding=0))
+        names.append("pool")
+        return results, names
+
+
+class LastLevelP6P7(ExtraFPNBlock):
+    """P6 and P7 for RetinaNet: 3x3 convolutions with stride 2, ``p7 = conv(relu(p6))`` (arXiv 1708.02002).
+
+    P6 is computed from P5 where ``in_channels == out_channels``, else from C5, as in torchvision;
+    Detectron2's block "from res5" is ``LastLevelP6P7(2048, 256)``.
+
+    Args:
+        in_channels: channels of the map that P6 is computed from.
+        out_channels: channels of P6 and P7.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(out_channels, out_channels, 3, 2, 1)
+        for convolution in (self.p6, self.p7):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+        self.use_P5 = in_channels == out_channels  # torchvision's name for it
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(results[-1] if self.use_P5 else x[-1])
+        p7 = self.p7(F.relu(p6))
+        results.extend([p6, p7])
+        names.extend(["p6", "p7"])
+        return results, names

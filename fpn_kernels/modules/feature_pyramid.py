@@ -1,0 +1,269 @@
+"""The drop-in Feature Pyramid Network: torchvision's module, computed by the fused calls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpn_kernels import functional
+from fpn_kernels.modules.extra_blocks import ExtraFPNBlock
+from fpn_kernels.modules.fusing import fused_parameters
+from fpn_kernels.resampling import MODES
+
+_GAINS = {"sum": 1.0, "avg": 0.5}
+
+_Parameters = tuple[Tensor, Tensor | None]
+
+
+class FeaturePyramidNetwork(nn.Module):
+    """Feature Pyramid Network (arXiv 1612.03144) with torchvision's constructor, call and checkpoints.
+
+    Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1
+    convolution `inner_l` and a 3x3 convolution `layer_l`.  The whole top-down pathway is one fused call where
+    every inner block is still the convolution it was built as, alone or followed by BatchNorm with fixed
+    statistics (eval mode, or frozen), which is folded into the call's weight and bias (in float32; rounded once
+    where the parameters are 16-bit; done anew at each call, so that no edit is missed).  Any other norm, and
+    BatchNorm in training, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
+    carries hooks or was replaced (by a LoRA adapter, a quantised convolution): it is called as it is.
+
+    Under autocast the fused calls run in the autocast dtype with float32 sums; eager would resample, and from
+    there on carry the pathway, in float32.
+
+    Args:
+        in_channels_list: channels of each feature map, finest first.
+        out_channels: channels of every map of the pyramid.
+        extra_blocks: appends coarser levels: `LastLevelMaxPool`, `LastLevelP6P7`, an `ExtraFPNBlock` of your
+            own, or torchvision's.
+        norm_layer: called with `out_channels` for the norm of each convolution, which then has no bias.
+        mode: how the coarser map is resized: "nearest" (the paper, torchvision, Detectron2), "nearest-exact"
+            or "bilinear".
+        fuse_type: "sum", or "avg" for half the sum (Detectron2's option).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the message.
+
+    Example::
+
+        fpn = FeaturePyramidNetwork([256, 512, 1024, 2048], 256, LastLevelMaxPool())
+        fpn.load_state_dict(torchvision_fpn.state_dict())
+        pyramid = fpn({"0": c2, "1": c3, "2": c4, "3": c5})  # keys "0", "1", "2", "3", "pool"
+    """
+
+    _version = 2  # torchvision's: 1 had bare convolutions (inner_blocks.0.weight)
+
+    def __init__(
+        self,
+        in_channels_list: Sequence[int],
+        out_channels: int,
+        extra_blocks: ExtraFPNBlock | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        mode: str = "nearest",
+        fuse_type: str = "sum",
+    ) -> None:
+        super().__init__()
+        channels = _check_channels(in_channels_list, out_channels)
+        _check_options(extra_blocks, norm_layer, mode, fuse_type)
+        self.out_channels = out_channels
+        self.mode = mode
+        self.fuse_type = fuse_type
+
+        self.inner_blocks = nn.ModuleList()
+        self.layer_blocks = nn.ModuleList()
+        for in_channels in channels:
+            self.inner_blocks.append(_convolution(in_channels, out_channels, 1, norm_layer))
+            self.layer_blocks.append(_convolution(out_channels, out_channels, 3, norm_layer))
+        # In this order, and before the extra blocks are attached, so that a seed gives torchvision's weights.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.extra_blocks = extra_blocks
+
+    def forward(self, x: Mapping[Any, Tensor] | Sequence[Tensor]) -> OrderedDict[Any, Tensor] | tuple[Tensor, ...]:
+        """Computes the pyramid.
+
+        Args:
+            x: the backbone's maps, finest first, ``[N, in_channels_list[l], H_l, W_l]``: a mapping of name to
+                map, or a list or tuple.  Any sizes: a level is resized to the one it is added to.
+
+        Returns:
+            For a mapping, an `OrderedDict` with the same keys; for a list or tuple, a tuple.  One map
+            ``[N, out_channels, H_l, W_l]`` a level, then those of the extra block.
+
+        Raises:
+            TypeError, ValueError: not such maps, or not as many as there are levels; the message names the
+                level.
+        """
+        names, features = self._check_features(x)
+        merged = self._merge(features)
+        results = [_output(block, level) for block, level in zip(self.layer_blocks, merged, strict=True)]
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, features, names)
+            if len(results) != len(names):
+                raise ValueError(
+                    f"extra_blocks: {type(self.extra_blocks).__name__} returned {len(results)} maps"
+                    f" and {len(names)} names"
+                )
+        if isinstance(x, Mapping):
+            return OrderedDict(zip(names, results, strict=True))
+        return tuple(results)
+
+    def _merge(self, features: list[Tensor]) -> Sequence[Tensor]:
+        gain = _GAINS[self.fuse_type]
+        laterals = [fused_parameters(block, 1) for block in self.inner_blocks]
+        fused = [lateral for lateral in laterals if lateral is not None]
+        if len(fused) == len(laterals):
+            weights, biases = zip(*fused, strict=True)
+            return functional.top_down_pathway(features, weights, biases, mode=self.mode, gain=gain)
+        merged: list[Tensor] = []
+        for level in reversed(range(len(features))):
+            top = merged[-1] if merged else None
+            merged.append(self._merge_level(level, features[level], laterals[level], top, gain))
+        return merged[::-1]
+
+    def _merge_level(
+        self, level: int, feature: Tensor, parameters: _Parameters | None, top: Tensor | None, gain: float
+    ) -> Tensor:
+        cast = torch.is_autocast_enabled(feature.device.type)
+        if parameters is not None and (top is None or cast or top.dtype == feature.dtype):
+            return functional.lateral_connection(feature, *parameters, top, mode=self.mode, gain=gain)
+        if parameters is not None:
+            lateral = functional.lateral_connection(feature, *parameters)
+        else:
+            lateral = self.inner_blocks[level](feature)
+        if top is None:
+            return lateral
+        # A norm may return another dtype than the level above has (GroupNorm under autocast: float32); the
+        # sum of two dtypes is eager PyTorch's.
+        dtype = torch.promote_types(lateral.dtype, top.dtype)
+        return functional.upsample_add(top.to(dtype), lateral.to(dtype), mode=self.mode, gain=gain)
+
+    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
+        """``inner_blocks[idx](x)``: one level's lateral map, before the merge (torchvision's method)."""
+        return self._block(self.inner_blocks, idx)(x)  # type: ignore[no-any-return]
+
+    def get_result_from_layer_blocks(self, x: Tensor, idx: int) -> Tensor:
+        """``layer_blocks[idx](x)``: one level's output map (torchvision's method)."""
+        return self._block(self.layer_blocks, idx)(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _block(blocks: nn.ModuleList, idx: int) -> nn.Module:
+        if not -len(blocks) <= idx < len(blocks):
+            raise IndexError(f"idx: {idx} is out of range for {len(blocks)} levels")
+        return blocks[idx]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version", None)
+        if version is None or version < 2:
+            for blocks in ("inner_blocks", "layer_blocks"):
+                for level in range(len(self.inner_blocks)):
+                    for name in ("weight", "bias"):
+                        old = f"{prefix}{blocks}.{level}.{name}"
+                        if old in state_dict:
+                            state_dict[f"{prefix}{blocks}.{level}.0.{name}"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, fuse_type={self.fuse_type!r}"
+
+    def _check_features(self, x: Any) -> tuple[list[Any], list[Tensor]]:
+        if isinstance(x, Mapping):
+            names, features = list(x.keys()), list(x.values())
+        elif isinstance(x, (list, tuple)):
+            # The names torchvision's backbones give: an extra block may extend them.
+            names, features = [str(level) for level in range(len(x))], list(x)
+        else:
+            raise TypeError(
+                f"x: expected a mapping, list or tuple of feature maps, finest first, got {type(x).__name__}"
+            )
+        if len(features) != len(self.inner_blocks):
+            raise ValueError(
+                f"x: expected {len(self.inner_blocks)} feature maps, one for each level, got {len(features)}"
+            )
+        for level, (name, feature) in enumerate(zip(names, features, strict=True)):
+            self._check_feature(level, f"x[{name!r}]" if isinstance(x, Mapping) else f"x[{level}]", feature)
+        return names, features
+
+    def _check_feature(self, level: int, argument: str, feature: Any) -> None:
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"{argument}: expected a Tensor for level {level}, got {type(feature).__name__}")
+        if feature.dim() != 4:
+            raise ValueError(
+                f"{argument}: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}"
+            )
+        block = self.inner_blocks[level]
+        convolution = block[0] if isinstance(block, nn.Sequential) and len(block) > 0 else block
+        if isinstance(convolution, nn.Conv2d) and feature.shape[1] != convolution.in_channels:
+            raise ValueError(
+                f"{argument}: expected {convolution.in_channels} channels for level {level},"
+                f" got {feature.shape[1]} (shape {tuple(feature.shape)})"
+            )
+
+
+def _output(block: nn.Module, merged: Tensor) -> Tensor:
+    parameters = fused_parameters(block, 3)
+    result: Tensor = block(merged) if parameters is None else functional.output_conv(merged, *parameters)
+    return result
+
+
+def _convolution(
+    in_channels: int, out_channels: int, kernel_size: int, norm_layer: Callable[..., nn.Module] | None
+) -> nn.Sequential:
+    """torchvision's Conv2dNormActivation without the activation: convolution at .0, norm at .1."""
+    block = nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm_layer is None)
+    )
+    if norm_layer is not None:
+        norm = norm_layer(out_channels)
+        if not isinstance(norm, nn.Module):
+            raise TypeError(f"norm_layer: expected it to return a Module, got {type(norm).__name__}")
+        block.append(norm)
+    return block
+
+
+def _check_channels(in_channels_list: Any, out_channels: Any) -> list[int]:
+    if isinstance(in_channels_list, (str, bytes)) or not hasattr(in_channels_list, "__iter__"):
+        raise TypeError(f"in_channels_list: expected a sequence of integers, got {type(in_channels_list).__name__}")
+    channels = list(in_channels_list)
+    if not channels:
+        raise ValueError("in_channels_list: expected at least one level, got none")
+    for level, in_channels in enumerate(channels):
+        if in_channels == 0:
+            raise ValueError(f"in_channels_list[{level}]: in_channels=0 is currently not supported")
+        _check_positive(f"in_channels_list[{level}]", in_channels)
+    _check_positive("out_channels", out_channels)
+    return channels
+
+
+def _check_positive(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected a positive integer, got {value}")
+
+
+def _check_options(extra_blocks: Any, norm_layer: Any, mode: Any, fuse_type: Any) -> None:
+    # torchvision's blocks have the same contract but another class of the same name; users bring them along.
+    if extra_blocks is not None and not (
+        isinstance(extra_blocks, nn.Module)
+        and any(cls.__name__ == "ExtraFPNBlock" for cls in type(extra_blocks).__mro__)
+    ):
+        raise TypeError(f"extra_blocks: expected an ExtraFPNBlock or None, got {type(extra_blocks).__name__}")
+    if norm_layer is not None and (isinstance(norm_layer, nn.Module) or not callable(norm_layer)):
+        raise TypeError(
+            "norm_layer: expected a callable that makes a norm from a number of channels, or None,"
+            f" got {type(norm_layer).__name__}"
+        )
+    for argument, value, choices in (("mode", mode, MODES), ("fuse_type", fuse_type, tuple(_GAINS))):
+        if not isinstance(value, str):
+            raise TypeError(f"{argument}: expected one of {choices}, got {type(value).__name__}")
+        if value not in choices:
+            raise ValueError(f"{argument}: expected one of {choices}, got {value!r}")

@@ -1,0 +1,67 @@
+"""Which blocks of a pyramid can be replaced by a fused call, and the parameters of that call.
+
+A block is a convolution, alone or followed by a norm in an `nn.Sequential`.  The fused call bypasses the
+modules themselves, so it is taken only where calling them could have no effect but the convolution and the
+norm: anything that was hooked, patched or replaced runs as the module it is.
+"""
+
+from __future__ import annotations
+
+import torch.nn.modules.module as module_globals
+from torch import Tensor, nn
+
+from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
+
+
+def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias that compute `block` in one convolution, or None where it must run as a module.
+
+    Args:
+        block: a level's inner or layer block.
+        kernel_size: 1 for a lateral connection, 3 (padding 1) for an output convolution.
+    """
+    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+        return None
+    if isinstance(block, nn.Sequential):
+        if not _is_pristine(block, nn.Sequential) or not 1 <= len(block) <= 2:
+            return None
+        convolution, norm = block[0], block[1] if len(block) == 2 else None
+    else:
+        convolution, norm = block, None
+    if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution, kernel_size):
+        return None
+    if norm is not None and (_is_observed(norm) or not has_fixed_statistics(norm)):
+        return None
+    # Read once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
+    weight, bias = convolution.weight, convolution.bias
+    if hasattr(type(weight), "__tensor_flatten__"):
+        return None  # a wrapper (DTensor, a quantised weight): only the module's own call knows what it means
+    return (weight, bias) if norm is None else fold(weight, bias, norm)
+
+
+def _is_plain(convolution: nn.Conv2d, kernel_size: int) -> bool:
+    """Whether this is the convolution that the fused calls compute, called by nobody else's code."""
+    return (
+        _is_pristine(convolution, nn.Conv2d)
+        and type(convolution)._conv_forward is nn.Conv2d._conv_forward
+        and convolution.kernel_size == (kernel_size, kernel_size)
+        and convolution.padding == (kernel_size // 2, kernel_size // 2)
+        and convolution.stride == (1, 1)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+    )
+
+
+def _is_pristine(module: nn.Module, cls: type[nn.Module]) -> bool:
+    # Parametrisations swap a module's class for a subclass that inherits forward: they pass, a subclass with
+    # a forward of its own does not.
+    return type(module).forward is cls.forward and not _is_observed(module)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether someone hooked this module, or put a forward of their own on the instance."""
+    return "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)

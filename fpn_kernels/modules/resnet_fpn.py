@@ -1,0 +1,169 @@
+"""Image in, pyramid out: a bottleneck ResNet and its Feature Pyramid Network in one module."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool
+from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork
+from fpn_kernels.modules.resnet import NormLayer, ResNet
+
+_STAGES = (2, 3, 4, 5)
+
+
+class ResNetFPN(nn.Module):
+    """The bottom-up pathway `body` (a `ResNet`) and the pyramid `fpn` (a `FeaturePyramidNetwork`).
+
+    Keys are those of torchvision's `BackboneWithFPN` (``body.conv1.weight``,
+    ``fpn.inner_blocks.0.0.weight``), so the backbone of its detectors loads as a whole, and its
+    classification weights load into the body; nothing is downloaded here::
+
+        model.body.load_state_dict(torch.load("resnet50.pth", weights_only=True))  # strict, but for fc.*
+
+    The systems that users bring along are options of it::
+
+        # the paper; torchvision's maps under other names
+        resnet50_fpn()
+        # the single-file ResNet FPN: (p2, p3, p4, p5), p5 not smoothed
+        resnet50_fpn(mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+        # kuangliu's FPN101()
+        ResNetFPN((2, 2, 2, 2), mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+        # Detectron2: p2..p6 by name (the order of the image's channels, BGR there, is the caller's matter)
+        resnet50_fpn(norm_layer=FrozenBatchNorm2d, stride_in_1x1=True, freeze_at=2)
+        # Detectron2's RetinaNet: p3..p7, P6 and P7 from res5
+        resnet50_fpn(levels=(3, 4, 5), extra_blocks=LastLevelP6P7(2048, 256),
+                     norm_layer=FrozenBatchNorm2d, stride_in_1x1=True, freeze_at=2)
+
+    Args:
+        layers: blocks in each stage of the ResNet.
+        out_channels: channels of every map of the pyramid.
+        levels: the C maps that enter the pyramid, ascending, of 2, 3, 4, 5.
+        mode: "nearest", "nearest-exact" or "bilinear", as in `FeaturePyramidNetwork`.
+        fuse_type: "sum" or "avg", as in `FeaturePyramidNetwork`.
+        smooth: the levels that have an output convolution (default: all of `levels`); the others return the
+            merged map itself.
+        extra_blocks: "pool" for P6 as every second pixel of P5, None for no further level, or an
+            `ExtraFPNBlock`.
+        norm_layer: makes the norms of the ResNet: `nn.BatchNorm2d`, `FrozenBatchNorm2d`, or any of one
+            argument.
+        fpn_norm_layer: makes the norms of the pyramid, which has none by default.
+        stride_in_1x1: a block's stride sits in its first 1x1 convolution, not in the 3x3.
+        freeze_at: as in Detectron2: 1 freezes the stem, 2 the first stage too, and so on; 0 nothing.
+        width: channels of the stem; C2 has four times as many.
+        return_tuple: return the maps as a tuple, finest first, instead of by name.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named in the message.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        out_channels: int = 256,
+        *,
+        levels: Sequence[int] = _STAGES,
+        mode: str = "nearest",
+        fuse_type: str = "sum",
+        smooth: Sequence[int] | None = None,
+        extra_blocks: ExtraFPNBlock | str | None = "pool",
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        fpn_norm_layer: Callable[..., nn.Module] | None = None,
+        stride_in_1x1: bool = False,
+        freeze_at: int = 0,
+        width: int = 64,
+        return_tuple: bool = False,
+    ) -> None:
+        super().__init__()
+        smooth = levels if smooth is None else smooth
+        _check_options(layers, levels, smooth, extra_blocks, norm_layer, freeze_at, width)
+        self.levels = tuple(levels)
+        self.return_tuple = return_tuple
+        self.out_channels = out_channels
+        self.body = ResNet(layers, width=width, norm_layer=norm_layer, stride_in_1x1=stride_in_1x1, freeze_at=freeze_at)
+        self.fpn = FeaturePyramidNetwork(
+            [self.body.out_channels[level - 2] for level in self.levels],
+            out_channels,
+            LastLevelMaxPool() if isinstance(extra_blocks, str) else extra_blocks,
+            fpn_norm_layer,
+            mode=mode,
+            fuse_type=fuse_type,
+        )
+        for index, level in enumerate(self.levels):
+            if level not in smooth:
+                self.fpn.layer_blocks[index] = nn.Identity()
+
+    def forward(self, image: Tensor) -> OrderedDict[str, Tensor] | tuple[Tensor, ...]:
+        """Computes the pyramid of a batch of images.
+
+        Args:
+            image: ``[N, 3, H, W]``, floating point, normalised as the weights want it; any H, W >= 1.
+
+        Returns:
+            An `OrderedDict` ``p2, p3, ...`` (named for their level, the extra ones counted on), or a tuple of
+            the same maps with ``return_tuple=True``.  ``p_l`` is
+            ``[N, out_channels, ceil(H / 2**l), ceil(W / 2**l)]``.
+
+        Raises:
+            TypeError, ValueError: `image` is not such a batch.
+        """
+        _check_image(image)
+        stages = self.body(image)
+        maps = self.fpn([stages[level - 2] for level in self.levels])
+        if self.return_tuple:
+            return maps  # type: ignore[no-any-return]
+        last = self.levels[-1]
+        names = [*self.levels, *range(last + 1, last + 1 + len(maps) - len(self.levels))]
+        return OrderedDict((f"p{level}", p) for level, p in zip(names, maps, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, return_tuple={self.return_tuple}"
+
+
+def resnet50_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
+    """ResNet-50 with its pyramid; the options are those of `ResNetFPN`."""
+    return ResNetFPN((3, 4, 6, 3), out_channels, **options)
+
+
+def resnet101_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
+    """ResNet-101 with its pyramid; the options are those of `ResNetFPN`."""
+    return ResNetFPN((3, 4, 23, 3), out_channels, **options)
+
+
+def _check_options(
+    layers: Any, levels: Any, smooth: Any, extra_blocks: Any, norm_layer: Any, freeze_at: Any, width: Any
+) -> None:
+    for argument, value in (("layers", layers), ("levels", levels), ("smooth", smooth)):
+        if not isinstance(value, Sequence) or not all(type(item) is int for item in value):
+            raise TypeError(f"{argument}: expected a sequence of integers, got {value!r}")
+    if len(layers) != 4 or min(layers) < 1:
+        raise ValueError(f"layers: expected four numbers of blocks, each at least 1, got {tuple(layers)}")
+    if not levels or not set(levels) <= set(_STAGES) or sorted(set(levels)) != list(levels):
+        raise ValueError(f"levels: expected ascending levels out of {_STAGES}, got {tuple(levels)}")
+    if any(level not in levels for level in smooth):
+        raise ValueError(f"smooth: expected levels out of {tuple(levels)}, got {tuple(smooth)}")
+    if isinstance(extra_blocks, str) and extra_blocks != "pool":
+        raise ValueError(f"extra_blocks: expected 'pool', an ExtraFPNBlock or None, got {extra_blocks!r}")
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(
+            "norm_layer: expected a callable that makes a norm from a number of channels,"
+            f" got {type(norm_layer).__name__}"
+        )
+    for argument, value, low, high in (("freeze_at", freeze_at, 0, 5), ("width", width, 1, None)):
+        if type(value) is not int:
+            raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
+        if value < low or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ValueError(f"{argument}: expected {bounds}, got {value}")
+
+
+def _check_image(image: Any) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image: expected a Tensor [N, 3, H, W], got {type(image).__name__}")
+    if not image.is_floating_point():
+        raise TypeError(f"image: expected a floating-point dtype, got {image.dtype}")
+    if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] < 1 or image.shape[3] < 1:
+        raise ValueError(f"image: expected [N, 3, H, W] with H, W >= 1, got shape {tuple(image.shape)}")
