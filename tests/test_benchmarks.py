@@ -275,6 +275,14 @@ def test_a_wrong_result_fails_the_run_and_is_not_timed(tmp_path: Path) -> None:
     assert ("60x90 C2 b1 fp32 NCHW", "forward", "fpn_kernels") not in timed
 
 
+def test_without_a_compiler_its_rows_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    narrow = ["--device=cpu", "--dtype=bf16", "--layout=NHWC", "-k", "upsample_add and forward-600x900 and compile"]
+    run = _run(*narrow, f"--output={tmp_path / 'run.json'}", CXX="/nonexistent/compiler")
+    assert run.returncode == 1  # nothing else was asked for
+    assert "torch.compile needs a C++ compiler: none of /nonexistent/compiler is here" in run.stdout
+    assert "nothing was measured" in run.stderr
+
+
 def test_list_names_rows_and_measures_nothing(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     run = _run("--list", "--tiny", "--device=cpu", "--dtype=bf16", f"--output={file}")

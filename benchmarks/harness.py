@@ -1,0 +1,201 @@
+"""How one row is measured: check against eager, warm up, then time what the caller sees and what the device does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import providers
+from benchmarks.cases import TRAINING, Case
+from benchmarks.clock import Clock
+from benchmarks.workloads import Workload, tensors, training_step
+from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
+
+# Largest error allowed against eager, as a fraction of eager's largest value. Both round at most twice on the way
+# (a convolution, then a sum), so they stay within a few units in the last place of the largest value. For bf16
+# that is 2 * 2^-8, for fp16 2 * 2^-11; in fp32 the order of the sums decides (and TF32 on CUDA, 2 * 2^-11).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+_TF32 = 2.0**-10
+_WARM_UP_SECONDS = 0.1
+_MOST_ROUNDS = 200
+
+
+class WrongResultError(AssertionError):
+    """A provider's output is not eager's: its time means nothing."""
+
+
+@dataclass
+class Harness:
+    """Bound to one test item.
+
+    Attributes:
+        benchmark: pytest-benchmark's fixture.
+        device: where the tensors live.
+        seconds: what the rounds of a row may take together, unless `min_rounds` take longer.
+        tiny: whether the sizes are those of the suite's own tests.
+        announce: told the median of a row once it is known.
+    """
+
+    benchmark: Any
+    device: torch.device
+    seconds: float
+    min_rounds: int
+    tiny: bool
+    announce: Callable[[float], None] = lambda median: None
+
+    def measure(self, case: Case, provider: providers.Provider, make: Callable[[Case, torch.device], Workload]) -> None:
+        """Builds the workload, checks the provider against eager, and times it, eager's rounds between its own."""
+        if provider.compile_mode:
+            providers.skip_unless_compilable(self.device.type)
+        work = make(case, self.device)
+        self._describe(case, provider, work)
+        training = case.direction == TRAINING
+        with torch.set_grad_enabled(training), provider.selected():
+            contender = work.fused if provider.fused else work.eager
+            run, eager = provider.wrap(contender.call), work.eager.call
+            with record_calls() as calls:
+                expected = self._checked(provider, run, eager, work.inputs, exact=work.exact and provider.fused)
+                if training:
+                    grads = _cotangents(expected)
+                    run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
+                    self._checked(provider, run, eager, work.inputs, exact=False)
+            self.benchmark.extra_info["served_by"] = _served_by(calls)
+            del expected
+            baseline = None if provider.name == providers.EAGER else lambda: eager(*work.inputs)
+            self._time(lambda: run(*work.inputs), baseline)
+
+    def ceiling(self, name: str, source: str, amount: int, call: Callable[[], Any]) -> None:
+        """Times a call that stands for a limit of the machine, `amount` bytes or operations of it."""
+        self.benchmark.group = "ceilings"
+        self.benchmark.extra_info.update(ceiling=name, source=source, amount=amount)
+        self._time(call)
+
+    def _describe(self, case: Case, provider: providers.Provider, work: Workload) -> None:
+        self.benchmark.group = f"{case.operator} {case.direction} | {case}"
+        self.benchmark.extra_info.update(
+            operator=case.operator,
+            direction=case.direction,
+            case=str(case),
+            provider=provider.name,
+            dtype=case.dtype,
+            layout=case.layout,
+            batch=case.batch,
+            bytes=work.cost.bytes,
+            flops=work.cost.flops,
+        )
+
+    def _checked(
+        self,
+        provider: providers.Provider,
+        run: Callable[..., Any],
+        eager: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        exact: bool,
+    ) -> list[Tensor]:
+        """Eager's results, once the provider has been seen to give the same.
+
+        The provider's first call is here: it compiles, and finds out whether a forced backend serves this case.
+        """
+        expected = tensors(eager(*inputs))
+        try:
+            actual = tensors(run(*inputs))
+        except BackendUnavailableError as error:
+            if provider.backend is None:
+                raise
+            pytest.skip(str(error))
+        except Exception as error:
+            if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                providers.skip_failed_compilation(error)
+            raise
+        check(actual, expected, exact=exact)
+        return expected
+
+    def _time(self, call: Callable[[], Any], baseline: Callable[[], Any] | None = None) -> None:
+        """Warm-up, then rounds until `seconds` are spent: one call a round, the device's work included.
+
+        Each round of a provider follows one of eager's, timed here, and the report's ratio is the median over these
+        pairs. On a machine that others use as well, its speed drifts by more, between one row and the next, than the
+        providers differ; within a pair it does not.
+        """
+        clock = Clock(self.device)
+        fastest = self._warm_up(call, clock) + (self._warm_up(baseline, clock) if baseline else 0.0)
+        rounds = max(self.min_rounds, min(_MOST_ROUNDS, int(self.seconds / fastest)))
+        eager_times: list[float] = []
+
+        def before() -> None:
+            if baseline:
+                clock.prepare()
+                eager_times.append(clock.caller_seconds(baseline))
+            clock.prepare()
+
+        def once() -> None:
+            call()
+            clock.synchronize()
+
+        self.benchmark.pedantic(once, setup=before, rounds=rounds, iterations=1)
+        info = self.benchmark.extra_info
+        info["eager_times"] = eager_times
+        if clock.on_gpu:
+            info["device_times"], info["eager_device_times"] = [], []
+            for _ in range(rounds):
+                if baseline:
+                    info["eager_device_times"].append(clock.device_seconds(baseline, queue_ahead=2 * fastest))
+                info["device_times"].append(clock.device_seconds(call, queue_ahead=2 * fastest))
+        if self.benchmark.stats is not None:  # None under --benchmark-disable
+            self.announce(self.benchmark.stats.stats.median)
+
+    def _warm_up(self, call: Callable[[], Any], clock: Clock) -> float:
+        """Calls until the caches, the allocator and the clock rate have settled; the fastest call's seconds.
+
+        A slow call gets one, after the one that was checked.
+        """
+        times: list[float] = []
+        while not times or (sum(times) < min(_WARM_UP_SECONDS, self.seconds) and len(times) < _MOST_ROUNDS):
+            clock.synchronize()
+            times.append(clock.caller_seconds(call))
+        return min(times)
+
+
+def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool) -> None:
+    """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype."""
+    if len(actual) != len(expected):
+        raise WrongResultError(f"{len(actual)} results where eager gives {len(expected)}")
+    for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            raise WrongResultError(
+                f"result {index} is {got.dtype} {tuple(got.shape)}, eager's {want.dtype} {tuple(want.shape)}"
+            )
+        if exact:
+            if not torch.equal(got, want):
+                raise WrongResultError(f"result {index} differs from eager in {int((got != want).sum())} elements")
+            continue
+        tolerance = TOLERANCE[want.dtype]
+        if want.is_cuda and want.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+            tolerance = _TF32
+        error, largest = float((got.double() - want.double()).abs().max()), float(want.abs().max())
+        if not error <= tolerance * largest:  # not "error > ...", which a NaN would pass
+            raise WrongResultError(
+                f"result {index} is off by {error:.3g} where eager's largest value is {largest:.3g};"
+                f" allowed is {tolerance:.2g} of it"
+            )
+
+
+def _cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    """A random gradient for each output, in its layout."""
+    generator = torch.Generator(outputs[0].device).manual_seed(1612)
+    return [torch.empty_like(output, requires_grad=False).normal_(generator=generator) for output in outputs]
+
+
+def _served_by(calls: list[tuple[str, str]]) -> dict[str, str]:
+    """Operator to the backends that served it, in the order in which they did; empty for eager and torch.compile."""
+    served: dict[str, list[str]] = {}
+    for operator, backend in calls:
+        names = served.setdefault(operator, [])
+        if backend not in names:
+            names.append(backend)
+    return {operator: "+".join(names) for operator, names in served.items()}

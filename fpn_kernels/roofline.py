@@ -1,0 +1,209 @@
+"""The least work each operator can do, and the time that work takes at best.
+
+Every function returns a `Cost`: the bytes that have to cross the memory interface if each input is read once,
+each result is written once and nothing else moves, and the operations that have to be done. `Cost.floor` turns
+it into seconds for a machine's measured ceilings. A benchmark states its time as a fraction of that floor; no
+time is ever derived from it.
+
+Conventions, the same throughout:
+
+- sizes are those of the tensors: `feature` is `(N, Cin, H, W)`, an output is `(N, Cout, H, W)`, a top `(h, w)`;
+- in the convolutions one multiply-add counts as two operations, and only the multiply-adds count: adding the bias
+  and the top is 1 / (2 Cin) of them, and on a GPU the tensor cores' rate does not apply to it;
+- parameters (weights and biases) are counted, their gradients too;
+- the resize's own interpolation weights are not counted, so that the figure stays a lower bound in every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes moved and operations done. Costs add; a sum's floor is that of one pass doing all of it."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def floor(self, bandwidth: float, flop_rate: float) -> float:
+        """Seconds at best, for `bandwidth` in bytes/s and `flop_rate` in operations/s, perfectly overlapped."""
+        if not (bandwidth > 0 and flop_rate > 0):
+            raise ValueError(f"bandwidth and flop_rate must be above 0, got {bandwidth!r} and {flop_rate!r}")
+        return max(self.bytes / bandwidth, self.flops / flop_rate)
+
+
+def _numel(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= int(size)
+    return count
+
+
+def _top_read(lateral: Shape, top_size: Shape) -> int:
+    """Elements of top that nearest upsampling reads: N C min(h, H) min(w, W).
+
+    All of it, unless the "top" is the finer map: then only one row and column for each of the result's.
+    """
+    n, c, height, width = lateral
+    return n * c * min(top_size[0], height) * min(top_size[1], width)
+
+
+def upsample_add(lateral: Shape, top_size: Shape, dtype: torch.dtype, *, gain: float = 1.0) -> Cost:
+    """Read lateral, read top, write the sum: (2 N C H W + N C h w) elements; one addition an element.
+
+    A gain other than 1 costs one multiplication an element and no byte.
+    """
+    count = _numel(lateral)
+    flops = count if gain == 1.0 else 2 * count
+    return Cost((2 * count + _top_read(lateral, top_size)) * dtype.itemsize, flops)
+
+
+def upsample_add_backward(lateral: Shape, top_size: Shape, dtype: torch.dtype, *, gain: float = 1.0) -> Cost:
+    """Read grad, write grad_top: (N C H W + N C h w) elements; one addition an element of grad.
+
+    With gain 1 the gradient of lateral is grad itself and moves nothing; otherwise it is N C H W elements more.
+    """
+    count, coarse = _numel(lateral), _numel([*lateral[:2], *top_size])
+    if gain == 1.0:
+        return Cost((count + coarse) * dtype.itemsize, count)
+    return Cost((2 * count + coarse) * dtype.itemsize, 2 * count)
+
+
+def lateral_connection(
+    feature: Shape, out_channels: int, top_size: Shape | None, dtype: torch.dtype, *, bias: bool = True
+) -> Cost:
+    """Read feature, weight, bias and top, write the result; 2 N H W Cin Cout operations.
+
+    Bytes: N H W (Cin + Cout) + Cin Cout + Cout + N Cout h w elements.
+    """
+    n, cin, height, width = feature
+    out = (n, out_channels, height, width)
+    elements = _numel(feature) + _numel(out) + cin * out_channels + (out_channels if bias else 0)
+    if top_size is not None:
+        elements += _top_read(out, top_size)
+    return Cost(elements * dtype.itemsize, 2 * n * height * width * cin * out_channels)
+
+
+def lateral_connection_backward(
+    feature: Shape,
+    out_channels: int,
+    top_size: Shape | None,
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    feature_grad: bool = True,
+) -> Cost:
+    """Read grad, feature and weight, write their gradients and those of top and bias.
+
+    Two matrix products the size of the forward's: grad_feature = W^T grad and grad_weight = grad feature^T, so
+    4 N H W Cin Cout operations. `feature_grad=False` is a frozen backbone: one product, and weight is not read.
+    """
+    n, cin, height, width = feature
+    weight = cin * out_channels
+    elements = n * out_channels * height * width + _numel(feature) + weight  # grad, feature; grad_weight
+    elements += out_channels if bias else 0
+    if top_size is not None:
+        elements += n * out_channels * _numel(top_size)
+    product = 2 * n * height * width * cin * out_channels
+    if not feature_grad:
+        return Cost(elements * dtype.itemsize, product)
+    return Cost((elements + weight + _numel(feature)) * dtype.itemsize, 2 * product)
+
+
+def output_conv(feature: Shape, out_channels: int, dtype: torch.dtype, *, bias: bool = True) -> Cost:
+    """Read feature, weight and bias, write the result; 18 N H W Cin Cout operations (3x3, stride 1, padding 1).
+
+    The taps that fall on the padding are counted, as usual: about 6 (H + W) of 9 H W.
+    """
+    n, cin, height, width = feature
+    elements = n * (cin + out_channels) * height * width + 9 * cin * out_channels + (out_channels if bias else 0)
+    return Cost(elements * dtype.itemsize, 18 * n * height * width * cin * out_channels)
+
+
+def output_conv_backward(feature: Shape, out_channels: int, dtype: torch.dtype, *, bias: bool = True) -> Cost:
+    """Read grad, feature and weight, write their gradients and that of bias; twice the forward's operations."""
+    n, cin, height, width = feature
+    elements = n * (out_channels + 2 * cin) * height * width + 18 * cin * out_channels
+    elements += out_channels if bias else 0
+    return Cost(elements * dtype.itemsize, 36 * n * height * width * cin * out_channels)
+
+
+def _parameters(features: Sequence[Shape], out_channels: int, *, bias: bool) -> int:
+    """Elements of the 1x1 weights and their biases."""
+    return sum(shape[1] * out_channels + (out_channels if bias else 0) for shape in features)
+
+
+def _merged(features: Sequence[Shape], out_channels: int) -> int:
+    """Elements of M2..M5, which is also that of P2..P5: one map of `out_channels` for each feature."""
+    return sum(_numel([shape[0], out_channels, *shape[2:]]) for shape in features)
+
+
+def top_down_pathway(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, bias: bool = True) -> Cost:
+    """Read every feature and parameter, write every merged map; a merged map is not read back as a top."""
+    elements = sum(map(_numel, features)) + _parameters(features, out_channels, bias=bias)
+    elements += _merged(features, out_channels)
+    flops = sum(lateral_connection(shape, out_channels, None, dtype).flops for shape in features)
+    return Cost(elements * dtype.itemsize, flops)
+
+
+def top_down_pathway_backward(
+    features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, bias: bool = True
+) -> Cost:
+    """Read the gradient of every merged map, every feature and weight; write the gradients of the last two.
+
+    The gradient that runs from the finest level to the coarsest is not counted: a single pass keeps it on chip.
+    """
+    parameters = _parameters(features, out_channels, bias=bias)
+    weights = _parameters(features, out_channels, bias=False)
+    elements = _merged(features, out_channels) + 2 * sum(map(_numel, features)) + parameters + weights
+    flops = sum(lateral_connection_backward(shape, out_channels, None, dtype).flops for shape in features)
+    return Cost(elements * dtype.itemsize, flops)
+
+
+def neck(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True) -> Cost:
+    """The whole neck, forward, with biases: read C2..C5 and parameters, write P2..P5 (and P6, if `pool`).
+
+    The merged maps are not counted: nothing in the formula of the FPN makes them leave the chip. P6 takes every
+    second pixel of P5, so it adds N C ceil(H5 / 2) ceil(W5 / 2) elements written.
+    """
+    pathway = top_down_pathway(features, out_channels, dtype)
+    outputs = [output_conv([s[0], out_channels, *s[2:]], out_channels, dtype) for s in features]
+    total = sum(outputs, start=pathway)
+    on_chip = 2 * _merged(features, out_channels)  # written by the pathway, read by the output convolutions
+    return Cost(total.bytes + (_pooled(features, out_channels, pool) - on_chip) * dtype.itemsize, total.flops)
+
+
+def neck_backward(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True) -> Cost:
+    """The neck's backward alone: read grad P, M, C and the weights, write grad C and the parameters' gradients.
+
+    The merged maps are read (the gradient of a 3x3 weight needs them); their gradients stay on the chip.
+    """
+    pathway = top_down_pathway_backward(features, out_channels, dtype)
+    outputs = [output_conv_backward([s[0], out_channels, *s[2:]], out_channels, dtype) for s in features]
+    total = sum(outputs, start=pathway)
+    on_chip = 2 * _merged(features, out_channels)  # grad M: written by the output convolutions, read by the pathway
+    return Cost(total.bytes + (_pooled(features, out_channels, pool) - on_chip) * dtype.itemsize, total.flops)
+
+
+def neck_forward_backward(
+    features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True
+) -> Cost:
+    """A training step of the neck: forward, backward, and the merged maps written between the two."""
+    kept = Cost(_merged(features, out_channels) * dtype.itemsize, 0)
+    forward = neck(features, out_channels, dtype, pool=pool)
+    return forward + kept + neck_backward(features, out_channels, dtype, pool=pool)
+
+
+def _pooled(features: Sequence[Shape], out_channels: int, pool: bool) -> int:
+    """Elements of P6, every second pixel of the coarsest map."""
+    n, _, height, width = features[-1]
+    return n * out_channels * ((height + 1) // 2) * ((width + 1) // 2) if pool else 0
