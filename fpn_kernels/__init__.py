@@ -14,6 +14,7 @@ from fpn_kernels.modules import (
     resnet50_fpn,
     resnet101_fpn,
 )
+from fpn_kernels.roi import assign_levels
 from fpn_kernels.version import __version__
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LastLevelP6P7",
     "ResNetFPN",
     "__version__",
+    "assign_levels",
     "available_backends",
     "explain",
     "lateral_connection",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from samples import Sizes
 
 from fpn_kernels.backends import selection
 
@@ -32,6 +33,12 @@ class Target:
         """The dtypes that the backend computes."""
         floats = (torch.float32, torch.bfloat16, torch.float16)
         return floats if self.backend == "triton" else (*floats, torch.float64)
+
+    def affordable(self, sizes: Sequence[Sizes]) -> list[Sizes]:
+        """All of them; under the interpreter, which takes a millisecond an instruction, the small ones."""
+        if self.label != "triton-interpreter":
+            return list(sizes)
+        return [s for s in sizes if s.batch * s.channels * s.fine[0] * s.fine[1] <= 4000]
 
     def require(self, dtype: torch.dtype) -> None:
         """Skips a dtype that the backend leaves to eager (`test_backends.py` shows that it says so)."""

@@ -5,6 +5,7 @@ Without `top`, the convolution alone and no gain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,21 @@ def _sum_per_channel(grad: Tensor, gain: float) -> Tensor:
     return (grad.sum((0, 2, 3), dtype=wide) * gain).to(grad.dtype)
 
 
-def _weight_gradient(grad: Tensor, feature: Tensor, shape: torch.Size, gain: float) -> Tensor:
+def _rows(tensor: Tensor) -> Tensor | None:
+    """The map as a matrix [channels, pixels], where that is a view of it."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).flatten(0, 2).t()
+    return tensor[0].flatten(1) if tensor.shape[0] == 1 and tensor.is_contiguous() else None
+
+
+def _weight_gradient(grad: Tensor, feature: Tensor, shape: Sequence[int], gain: float) -> Tensor:
+    # On the CPU one matrix product in bfloat16 is 1.5 to 2.3 times as fast as ATen's convolution backward (256 to 1024
+    # channels, C2 to C4 of an 800 x 1280 image, 2 cores with AVX512-BF16); in float32 neither is ahead.
+    if grad.dtype == torch.bfloat16 and grad.device.type == "cpu":
+        outputs, inputs = _rows(grad), _rows(feature)
+        if outputs is not None and inputs is not None:
+            product = outputs @ inputs.t()
+            return (product if gain == 1.0 else product * gain).reshape(shape)
     # The values of the weight do not enter its own gradient; only its shape is read.
     weight = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 1, 1)
     result: Tensor = torch.ops.aten.convolution_backward(
