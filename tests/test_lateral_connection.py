@@ -54,12 +54,16 @@ def _inputs(
     return feature, weight, bias, top
 
 
+# Roundings that every implementation is due.  16-bit results round once.  In float32 the sum itself rounds, and its
+# order is the implementation's own: two orders differ by more than a tenth where both err by one or two roundings.  In
+# float64 the oracle has no more digits than the result, and its own error counts too.
+_DUE = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 16}
+
+
 def _no_worse_than_eager(result: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Never above 1.1 times eager's own error in the same dtype; one rounding is every implementation's due."""
-    # In float64 the oracle has no more digits than the result: its own error counts too.
-    due = (16 if result.dtype == torch.float64 else 1) * oracle.rounding(result.dtype)
-    limit = max(1.1 * oracle.error(eager, exact), due)
-    assert oracle.error(result, exact) <= limit
+    """Never above 1.1 times eager's own error in the same dtype, beyond the roundings that are due."""
+    due = _DUE[result.dtype] * oracle.rounding(result.dtype)
+    assert oracle.error(result, exact) <= max(1.1 * oracle.error(eager, exact), due)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.7])
@@ -326,6 +330,7 @@ def test_bad_input_is_named(case: str, target: Target) -> None:
 
 
 def test_compile_with_symbolic_sizes(target: Target) -> None:
+    torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function
     compiled = torch.compile(
         lambda *tensors: fpn_kernels.lateral_connection(*tensors, gain=0.5).relu(),
         fullgraph=True,

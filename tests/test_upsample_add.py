@@ -240,6 +240,7 @@ def test_a_bad_size_of_the_gradient_is_named(top_size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_with_symbolic_sizes(mode: str, target: Target) -> None:
+    torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function
     compiled = torch.compile(
         lambda top, lateral: fpn_kernels.upsample_add(top, lateral, mode=mode).relu(),
         fullgraph=True,
