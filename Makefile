@@ -20,11 +20,13 @@ endif
 # Test processes side by side, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
 
-.PHONY: help test bench lint format clean
+.PHONY: help build test bench sanitize lint format clean
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
 	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
+	@echo 'make build   the compiled library, fpn_kernels/_native.so (test and bench do this first)'
+	@echo 'make sanitize  the operator tests on the compiled library with sanitizers'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  rewrites the sources as `make lint` wants them'
 	@echo 'make clean   removes what the other commands made'
@@ -32,16 +34,27 @@ help:
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77"
+	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" "ninja>=1.11"
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-test: $(READY)
+# ninja has nothing to do where no source has changed; what cannot be built here is left out, with the reason.
+build: $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
+
+test: build
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS)
 
-bench: $(READY)
+bench: build
 	$(PY) -m benchmarks $(ARGS)
+
+sanitize: $(READY)
+	FPN_KERNELS_SANITIZE=1 $(PY) setup.py --quiet build_ext --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	FPN_KERNELS_LIBRARY=build/sanitize/lib/fpn_kernels/_native.so \
+	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/test_upsample_add.py tests/test_lateral_connection.py tests/test_native.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -120,11 +120,11 @@ def build(options: argparse.Namespace, image: Tensor) -> fpn_kernels.ResNetFPN:
 def eager_twin(model: fpn_kernels.ResNetFPN) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
     """The same weights through the composition that a model without this library writes."""
     neck = model.fpn
-    twin = fpn_kernels.reference.FeaturePyramidNetwork(
-        [block[0].in_channels for block in neck.inner_blocks], neck.out_channels, mode=neck.mode
-    )
-    twin.load_state_dict(neck.state_dict())
-    twin = twin.to(neck.inner_blocks[0][0].weight).eval()
+    weights = neck.state_dict()
+    channels = [weights[f"inner_blocks.{level}.0.weight"].shape[1] for level in range(len(neck.inner_blocks))]
+    twin = fpn_kernels.reference.FeaturePyramidNetwork(channels, neck.out_channels, mode=neck.mode)
+    twin.load_state_dict(weights)
+    twin = twin.to(weights["inner_blocks.0.0.weight"]).eval()
 
     def pyramid(features: list[Tensor]) -> tuple[Tensor, ...]:
         maps = list(twin(OrderedDict(zip(LEVELS, features, strict=True))).values())

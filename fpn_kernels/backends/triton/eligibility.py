@@ -14,9 +14,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (3, 6)
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")
 
-# Up to here a float32 estimate of the first fine pixel that reads a coarse one is off by less than a pixel: three
-# roundings of 2**-24 each, at 2**21, come to 0.38 (`device.first_reader` looks two pixels to either side).
-LONGEST_SIDE = 2**21
+# Up to here a float32 estimate of the first fine pixel that reads a coarse one is off by less than half a pixel, as
+# `device.first_reader` needs: five roundings of 2**-24 each, at 2**20, come to 0.31.
+LONGEST_SIDE = 2**20
 
 # Read when the library is imported, because Triton decides for good whether a kernel is interpreted when it is
 # decorated.  The spellings are those Triton accepts.
@@ -78,12 +78,25 @@ def _side_refusal(*sides: int) -> str | None:
     return None if longest <= LONGEST_SIDE else f"a side of {longest} pixels is above {LONGEST_SIDE}"
 
 
+def _rows_refusal(channels: int, height: int) -> str | None:
+    rows = channels * height
+    return None if rows < 2**30 else f"{rows} image rows: the kernels count the rows of an image in int32"
+
+
 def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> str | None:
-    return _tensor_refusal(lateral) or _side_refusal(*top.shape[2:], *lateral.shape[2:])
+    return (
+        _tensor_refusal(lateral)
+        or _side_refusal(*top.shape[2:], *lateral.shape[2:])
+        or _rows_refusal(lateral.shape[1], lateral.shape[2])
+    )
 
 
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> str | None:
-    return _tensor_refusal(grad) or _side_refusal(*grad.shape[2:], *top_size)
+    return (
+        _tensor_refusal(grad)
+        or _side_refusal(*grad.shape[2:], *top_size)
+        or _rows_refusal(grad.shape[1], max(grad.shape[2], top_size[0]))
+    )
 
 
 merge_backward = upsample_add_backward
@@ -100,7 +113,7 @@ def lateral_connection(
 ) -> str | None:
     refusal = _tensor_refusal(feature)
     if refusal is None and top is not None:
-        refusal = _side_refusal(*top.shape[2:], *feature.shape[2:])
+        refusal = _side_refusal(*top.shape[2:], *feature.shape[2:]) or _rows_refusal(weight.shape[0], feature.shape[2])
     if refusal is None and feature.shape[2] * feature.shape[3] >= 2**30:
         refusal = "a map of 2**30 pixels or more: the kernel counts the pixels of a map in int32"
     return refusal

@@ -28,9 +28,7 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether an offset inside any of the tensors exceeds what int32 holds."""
-    return any(
-        sum((n - 1) * s for n, s in zip(t.shape, strides(t), strict=True)) > INT32_REACH for t in tensors
-    )
+    return any(sum((n - 1) * s for n, s in zip(t.shape, strides(t), strict=True)) > INT32_REACH for t in tensors)
 
 
 def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
@@ -58,12 +56,12 @@ def scale(in_size: int, out_size: int) -> float:
 def longest_window(in_size: int, out_size: int, mode: str) -> int:
     """The largest number of destination pixels that read one source pixel along an axis, exactly."""
     if mode == "bilinear":
-        lower, _, _ = resampling.bilinear_weights(in_size, out_size)
-        readers = torch.bincount(lower, minlength=in_size)
-        readers[1:] += readers[:-1].clone()
-    else:
-        readers = torch.bincount(resampling.source_index(in_size, out_size, mode), minlength=in_size)
-    return int(readers.max())
+        # Those between the pixel before and the pixel after it (`device.readers`), with the kernels' own float32 steps.
+        destination = torch.arange(out_size, dtype=torch.float32)
+        position = (destination + 0.5) * scale(in_size, out_size) - 0.5
+        after = torch.bincount(position.floor().long() + 1, minlength=in_size + 1)
+        return int((after[:-1] + after[1:]).max())
+    return int(torch.bincount(resampling.source_index(in_size, out_size, mode)).max())
 
 
 @functools.cache

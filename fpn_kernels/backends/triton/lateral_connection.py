@@ -9,20 +9,32 @@ row of the tile.  Programs go over the output channels of a pixel tile first: it
 Bilinear is composed: the product alone, then `upsample_add` in place.
 """
 
+# ruff: noqa: N803, N806, SIM108 - Triton's idiom: constexprs in capitals, and a branch for each
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
 from fpn_kernels.backends.triton import geometry, upsample_add
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
-from fpn_kernels.backends.triton.device import INTERPRETED, along, known_multiple, nearest_source, rounded, widened
+from fpn_kernels.backends.triton.device import (
+    INTERPRETED,
+    along,
+    device_function,
+    kernel,
+    known_multiple,
+    loop_bound,
+    nearest_source,
+    rounded,
+    widened,
+)
 
 _RUN_TIME = [
     *("in_channels", "out_channels", "height", "width", "top_height", "top_width"),
@@ -82,14 +94,15 @@ def choose(
 
 
 def arithmetic_of(feature: Tensor) -> str:
-    """"half", or for float32 what PyTorch's switch for convolutions says; TF32 is the tensor cores' alone."""
+    """The key of the table: for float32 as PyTorch's switch for convolutions says; TF32 is the tensor cores' alone."""
     if feature.dtype != torch.float32:
         return "half"
     # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
-    return "tf32" if feature.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if feature.is_cuda and precision == "tf32" else "ieee"
 
 
-@triton.jit
+@device_function
 def _by_pixel(values, PIXELS_LAST: tl.constexpr):
     """A value to a pixel, shaped to broadcast over the tile."""
     if PIXELS_LAST:
@@ -99,7 +112,7 @@ def _by_pixel(values, PIXELS_LAST: tl.constexpr):
     return shaped
 
 
-@triton.jit
+@device_function
 def _by_channel(values, PIXELS_LAST: tl.constexpr):
     """A value to an output channel, shaped to broadcast over the tile."""
     if PIXELS_LAST:
@@ -109,7 +122,7 @@ def _by_channel(values, PIXELS_LAST: tl.constexpr):
     return shaped
 
 
-@triton.jit
+@device_function
 def _operand(value, ARITHMETIC: tl.constexpr):
     """A tile as the tensor cores take it.
 
@@ -125,7 +138,7 @@ def _operand(value, ARITHMETIC: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def connect(
     feature, weight, bias, top, out, gain, scale_y, scale_x,
     in_channels, out_channels, height, width, top_height, top_width,
@@ -175,7 +188,7 @@ def connect(
         total = tl.zeros([CHANNELS, PIXELS], tl.float32)
     else:
         total = tl.zeros([PIXELS, CHANNELS], tl.float32)
-    for first in range(0, in_channels, DEPTH):
+    for first in range(0, loop_bound(in_channels), DEPTH):
         step = first + k
         step_inside = step < in_channels
         feature_step = along(widened(step, WIDE), depth_stride, FEATURE_CHANNELS)
@@ -327,10 +340,12 @@ _COMPILED = {
 
 
 def variants() -> Iterator[Variant]:
-    """What `launch` may compile: every tile of the table in each layout that may choose it, with and without a merge."""
+    """What `launch` may compile: every tile of the table in each layout that may choose it, merged and alone."""
     for (arithmetic, size), config in TABLE.items():
         kind = POINTER_TYPES[2 if arithmetic == "half" else 4]
         for layout in _COMPILED[size]:
+            if arithmetic == "ieee" and layout in ("mixed", "nhwc-alone", "nhwc-crop"):
+                continue
             name, _, special = layout.partition("-")
             by_channels, by_pixels, weight_in, weight_out, top, out, pixels_last = _LAYOUTS[name]
             dense = name in ("nhwc", "nchw", "mixed")

@@ -5,32 +5,34 @@ the gather (`upsample_add_backward`) leaves float32 partial sums, a few hundred 
 adds them up in a fixed order.
 """
 
+# ruff: noqa: N803 - Triton's idiom: constexprs in capitals, and a branch for each
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
-from fpn_kernels.backends.triton.device import rounded
-from fpn_kernels.backends.triton.upsample_add import TileConfig, walk_of
+from fpn_kernels.backends.triton.device import kernel, loop_bound, rounded
+from fpn_kernels.backends.triton.upsample_add import TileConfig
 from fpn_kernels.backends.triton.upsample_add_backward import gather_variants, launch, plan
 
 # Partials at a time, channels: 32-byte runs, so that 256 channels still occupy 32 multiprocessors.
 REDUCTION = TileConfig(256, 8, 4)
 
 
-@triton.jit(do_not_specialize=["count", "channels"])
+@kernel(["count", "channels"])
 def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < channels
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, count, ROWS):
+    for first in range(0, loop_bound(count), ROWS):
         row = first + tl.arange(0, ROWS)
         # int64: areas leave one partial to a coarse pixel.
         place = row.to(tl.int64)[:, None] * channels + c[None, :]
@@ -41,7 +43,7 @@ def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLU
 def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
     channels = grad.shape[1]
     out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    chosen = plan(walk_of(out), grad.element_size(), tuple(grad.shape), top_size, mode, bias=True)
+    chosen = plan(grad, out, mode, bias=True)
     partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
     bias = grad.new_empty(channels)
     launch(chosen, grad, out, partials, mode, gain)

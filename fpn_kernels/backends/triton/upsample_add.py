@@ -1,21 +1,22 @@
 """`upsample_add`: ``out = gain * (lateral + resize(top))`` in one pass, summed in float32 and rounded once.
 
-Two walks over the result, chosen by its layout.  *channels* (NHWC): a program has one image row, some pixels of it
-and a run of channels; *planes* (NCHW and the rest): one channel of one image, some rows and a run of columns.  Either
-way the index of the coarse pixel is computed once a row or column of the tile, never once an element, and integer
-division happens once a program.
+Two walks over the result, chosen by its layout.  *channels* (NHWC): a program has some pixels of one image row and a
+run of channels; *planes* (NCHW and the rest): some image rows, of one channel or of neighbouring ones, and a run of
+columns.  Either way the index of the coarse pixel is computed once a row or column of the tile, never once an element,
+and integers are divided once a program or once a row.
 
 At ratio 2 (both sizes exactly doubled, any nearest mode) source is ``dst >> 1``, and a tile is one of *coarse* pixels:
 each is loaded once and serves its four fine pixels.  Both fine and coarse loads are issued before the first use.
 """
 
+# ruff: noqa: N803, N806 - Triton's idiom: constexprs in capitals, and a branch for each
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,11 +25,15 @@ from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     bilinear_source,
+    kernel,
     known_multiple,
     nearest_source,
     rounded,
+    row_tile_of,
+    rows_of,
     start_of,
     tile_of,
+    widened,
 )
 
 _RUN_TIME = [
@@ -52,12 +57,12 @@ class TileConfig:
 # (walk, how the top is read, bytes of an element) -> tiles, the longest first.  One or two 16-byte accesses a thread of
 # 128 to each tensor, so that with the coarse ones 32 KiB are in flight an SM at a quarter of its threads.
 TABLE = {
-    ("channels", "pairs", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4)),
-    ("channels", "pairs", 4): (TileConfig(8, 64, 4),),
-    ("channels", "nearest", 2): (TileConfig(8, 256, 4), TileConfig(32, 64, 4)),
-    ("channels", "nearest", 4): (TileConfig(16, 64, 4),),
-    ("channels", "bilinear", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4)),
-    ("channels", "bilinear", 4): (TileConfig(8, 64, 4),),
+    ("channels", "pairs", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4), TileConfig(64, 16, 4)),
+    ("channels", "pairs", 4): (TileConfig(8, 64, 4), TileConfig(32, 16, 4)),
+    ("channels", "nearest", 2): (TileConfig(8, 256, 4), TileConfig(32, 64, 4), TileConfig(64, 16, 4)),
+    ("channels", "nearest", 4): (TileConfig(16, 64, 4), TileConfig(64, 16, 4)),
+    ("channels", "bilinear", 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4), TileConfig(64, 16, 4)),
+    ("channels", "bilinear", 4): (TileConfig(8, 64, 4), TileConfig(32, 16, 4)),
     ("planes", "pairs", 2): (TileConfig(16, 32, 4),),
     ("planes", "pairs", 4): (TileConfig(16, 32, 4),),
     ("planes", "nearest", 2): (TileConfig(32, 64, 4),),
@@ -67,17 +72,22 @@ TABLE = {
 }
 
 
-def choose(walk: str, reading: str, element_size: int, columns: int) -> TileConfig:
-    """The longest tile that rows of `columns` elements (channels, or columns as the tile counts them) fill well."""
-    return longest_filled(TABLE[walk, reading, element_size], columns)
+def choose(walk: str, reading: str, element_size: int, columns: int, access: int) -> TileConfig:
+    """The tile for rows of `columns` elements (channels, or columns as the tile counts them).
+
+    `access` is how many elements the layouts allow to be moved at once, 0 for strided ones.
+    """
+    return fitting(TABLE[walk, reading, element_size], columns, access)
 
 
-def longest_filled(tiles: tuple[TileConfig, ...], columns: int) -> TileConfig:
-    """The first tile of which at least three quarters would be used; else the last, shortest one."""
-    for tile in tiles[:-1]:
-        if 4 * columns >= 3 * tile.columns * -(-columns // tile.columns):
-            return tile
-    return tiles[-1]
+def fitting(tiles: tuple[TileConfig, ...], columns: int, access: int) -> TileConfig:
+    """The longest tile of which at least three quarters would be used, else the shortest one.
+
+    Element by element each access has an address of its own: twice the threads then, or registers run out.
+    """
+    filled = [tile for tile in tiles if 4 * columns >= 3 * tile.columns * -(-columns // tile.columns)]
+    tile = filled[0] if filled else tiles[-1]
+    return tile if access > 1 else dataclasses.replace(tile, num_warps=2 * tile.num_warps)
 
 
 def walk_of(tensor: Tensor) -> str:
@@ -85,7 +95,7 @@ def walk_of(tensor: Tensor) -> str:
     return "channels" if tensor.shape[1] > 1 and tensor.stride(1) == 1 else "planes"
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def merge_channels(
     top, lateral, out, gain, scale_y, scale_x,
     channels, height, width, top_height, top_width,
@@ -116,16 +126,16 @@ def merge_channels(
         lower_lateral = start_of(lateral, n, 2 * y + 1, lateral_n, lateral_y, LATERAL, WIDE)
         upper_out = start_of(out, n, 2 * y, out_n, out_y, OUT, WIDE)
         lower_out = start_of(out, n, 2 * y + 1, out_n, out_y, OUT, WIDE)
-        left = tile_of(2 * x, c, lateral_x, lateral_c, LATERAL, WIDE)
-        right = tile_of(2 * x + 1, c, lateral_x, lateral_c, LATERAL, WIDE)
-        coarse = tl.load(top_start + tile_of(x, c, top_x, top_c, TOP, WIDE), mask=inside)
+        left = row_tile_of(2 * x, c, lateral_x, lateral_c, LATERAL, WIDE)
+        right = row_tile_of(2 * x + 1, c, lateral_x, lateral_c, LATERAL, WIDE)
+        coarse = tl.load(top_start + row_tile_of(x, c, top_x, top_c, TOP, WIDE), mask=inside)
         upper_left = tl.load(upper_lateral + left, mask=inside)
         upper_right = tl.load(upper_lateral + right, mask=inside)
         lower_left = tl.load(lower_lateral + left, mask=inside)
         lower_right = tl.load(lower_lateral + right, mask=inside)
         coarse = coarse.to(tl.float32)
-        left = tile_of(2 * x, c, out_x, out_c, OUT, WIDE)
-        right = tile_of(2 * x + 1, c, out_x, out_c, OUT, WIDE)
+        left = row_tile_of(2 * x, c, out_x, out_c, OUT, WIDE)
+        right = row_tile_of(2 * x + 1, c, out_x, out_c, OUT, WIDE)
         tl.store(upper_out + left, rounded(gain * (upper_left.to(tl.float32) + coarse), DTYPE), mask=inside)
         tl.store(upper_out + right, rounded(gain * (upper_right.to(tl.float32) + coarse), DTYPE), mask=inside)
         tl.store(lower_out + left, rounded(gain * (lower_left.to(tl.float32) + coarse), DTYPE), mask=inside)
@@ -135,14 +145,14 @@ def merge_channels(
         n = program // height
         inside = inside & (x < width)[:, None]
         lateral_start = start_of(lateral, n, y, lateral_n, lateral_y, LATERAL, WIDE)
-        value = tl.load(lateral_start + tile_of(x, c, lateral_x, lateral_c, LATERAL, WIDE), mask=inside)
+        value = tl.load(lateral_start + row_tile_of(x, c, lateral_x, lateral_c, LATERAL, WIDE), mask=inside)
         if MODE == "bilinear":
             y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
             x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
             upper = start_of(top, n, y0, top_n, top_y, TOP, WIDE)
             lower = start_of(top, n, y1, top_n, top_y, TOP, WIDE)
-            left = tile_of(x0, c, top_x, top_c, TOP, WIDE)
-            right = tile_of(x1, c, top_x, top_c, TOP, WIDE)
+            left = row_tile_of(x0, c, top_x, top_c, TOP, WIDE)
+            right = row_tile_of(x1, c, top_x, top_c, TOP, WIDE)
             upper_left = tl.load(upper + left, mask=inside)
             upper_right = tl.load(upper + right, mask=inside)
             lower_left = tl.load(lower + left, mask=inside)
@@ -155,13 +165,13 @@ def merge_channels(
             source_y = nearest_source(y, scale_y, top_height, MODE)
             source_x = nearest_source(x, scale_x, top_width, MODE)
             top_start = start_of(top, n, source_y, top_n, top_y, TOP, WIDE)
-            coarse = tl.load(top_start + tile_of(source_x, c, top_x, top_c, TOP, WIDE), mask=inside).to(tl.float32)
+            coarse = tl.load(top_start + row_tile_of(source_x, c, top_x, top_c, TOP, WIDE), mask=inside).to(tl.float32)
         result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
         out_start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
-        tl.store(out_start + tile_of(x, c, out_x, out_c, OUT, WIDE), result, mask=inside)
+        tl.store(out_start + row_tile_of(x, c, out_x, out_c, OUT, WIDE), result, mask=inside)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def merge_planes(
     top, lateral, out, gain, scale_y, scale_x,
     channels, height, width, top_height, top_width,
@@ -176,42 +186,52 @@ def merge_planes(
     program = tl.program_id(0)
     column_tile = program % column_tiles
     program = program // column_tiles
-    row_tile = program % row_tiles
-    program = program // row_tiles
-    c = program % channels
-    n = program // channels
+    row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)
+    n = program // row_tiles
     DTYPE: tl.constexpr = out.dtype.element_ty
-    top_start = start_of(top, n, c, top_n, top_c, TOP, WIDE)
-    lateral_start = start_of(lateral, n, c, lateral_n, lateral_c, LATERAL, WIDE)
-    out_start = start_of(out, n, c, out_n, out_c, OUT, WIDE)
-    y = row_tile * ROWS + tl.arange(0, ROWS)
+    top_start = top + widened(n, WIDE) * known_multiple(top_n, TOP)
+    lateral_start = lateral + widened(n, WIDE) * known_multiple(lateral_n, LATERAL)
+    out_start = out + widened(n, WIDE) * known_multiple(out_n, OUT)
     width = known_multiple(known_multiple(width, LATERAL), OUT)
     if PAIRS:
+        # Rows of all channels of the coarse map, one after another: a tile may span several small planes.
+        c = row // top_height
+        y = row - c * top_height
+        rows_inside = (c < channels)[:, None]
         x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         fine_x = column_tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-        rows_inside = (y < top_height)[:, None]
         coarse_inside = rows_inside & (x < known_multiple(top_width, TOP))[None, :]
         inside = rows_inside & (fine_x < width)[None, :]
-        coarse = tl.load(top_start + tile_of(y, x, top_y, top_x, TOP, WIDE), mask=coarse_inside)
-        upper = tl.load(lateral_start + tile_of(2 * y, fine_x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
-        lower = tl.load(lateral_start + tile_of(2 * y + 1, fine_x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
+        coarse_rows = rows_of(c, y, top_c, top_y, TOP, WIDE)
+        upper_rows = rows_of(c, 2 * y, lateral_c, lateral_y, LATERAL, WIDE)
+        lower_rows = rows_of(c, 2 * y + 1, lateral_c, lateral_y, LATERAL, WIDE)
+        coarse = tl.load(top_start + tile_of(coarse_rows, x, top_x, TOP, WIDE), mask=coarse_inside)
+        upper = tl.load(lateral_start + tile_of(upper_rows, fine_x, lateral_x, LATERAL, WIDE), mask=inside)
+        lower = tl.load(lateral_start + tile_of(lower_rows, fine_x, lateral_x, LATERAL, WIDE), mask=inside)
         coarse = tl.interleave(coarse, coarse).to(tl.float32)
         upper = rounded(gain * (upper.to(tl.float32) + coarse), DTYPE)
         lower = rounded(gain * (lower.to(tl.float32) + coarse), DTYPE)
-        tl.store(out_start + tile_of(2 * y, fine_x, out_y, out_x, OUT, WIDE), upper, mask=inside)
-        tl.store(out_start + tile_of(2 * y + 1, fine_x, out_y, out_x, OUT, WIDE), lower, mask=inside)
+        upper_rows = rows_of(c, 2 * y, out_c, out_y, OUT, WIDE)
+        lower_rows = rows_of(c, 2 * y + 1, out_c, out_y, OUT, WIDE)
+        tl.store(out_start + tile_of(upper_rows, fine_x, out_x, OUT, WIDE), upper, mask=inside)
+        tl.store(out_start + tile_of(lower_rows, fine_x, out_x, OUT, WIDE), lower, mask=inside)
     else:
+        c = row // height
+        y = row - c * height
         x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (y < height)[:, None] & (x < width)[None, :]
-        value = tl.load(lateral_start + tile_of(y, x, lateral_y, lateral_x, LATERAL, WIDE), mask=inside)
+        inside = (c < channels)[:, None] & (x < width)[None, :]
+        lateral_rows = rows_of(c, y, lateral_c, lateral_y, LATERAL, WIDE)
+        value = tl.load(lateral_start + tile_of(lateral_rows, x, lateral_x, LATERAL, WIDE), mask=inside)
         # The coarse pixels of neighbours are not neighbours themselves: their column stride is never taken as 1.
         if MODE == "bilinear":
             y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
             x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
-            upper_left = tl.load(top_start + tile_of(y0, x0, top_y, top_x, 0, WIDE), mask=inside)
-            upper_right = tl.load(top_start + tile_of(y0, x1, top_y, top_x, 0, WIDE), mask=inside)
-            lower_left = tl.load(top_start + tile_of(y1, x0, top_y, top_x, 0, WIDE), mask=inside)
-            lower_right = tl.load(top_start + tile_of(y1, x1, top_y, top_x, 0, WIDE), mask=inside)
+            upper_rows = rows_of(c, y0, top_c, top_y, 0, WIDE)
+            lower_rows = rows_of(c, y1, top_c, top_y, 0, WIDE)
+            upper_left = tl.load(top_start + tile_of(upper_rows, x0, top_x, 0, WIDE), mask=inside)
+            upper_right = tl.load(top_start + tile_of(upper_rows, x1, top_x, 0, WIDE), mask=inside)
+            lower_left = tl.load(top_start + tile_of(lower_rows, x0, top_x, 0, WIDE), mask=inside)
+            lower_right = tl.load(top_start + tile_of(lower_rows, x1, top_x, 0, WIDE), mask=inside)
             x_of_right = weight_x[None, :]
             y_of_lower = weight_y[:, None]
             upper_row = (1.0 - x_of_right) * upper_left.to(tl.float32) + x_of_right * upper_right.to(tl.float32)
@@ -220,10 +240,12 @@ def merge_planes(
         else:
             source_y = nearest_source(y, scale_y, top_height, MODE)
             source_x = nearest_source(x, scale_x, top_width, MODE)
-            coarse = tl.load(top_start + tile_of(source_y, source_x, top_y, top_x, 0, WIDE), mask=inside)
+            coarse_rows = rows_of(c, source_y, top_c, top_y, 0, WIDE)
+            coarse = tl.load(top_start + tile_of(coarse_rows, source_x, top_x, 0, WIDE), mask=inside)
             coarse = coarse.to(tl.float32)
         result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
-        tl.store(out_start + tile_of(y, x, out_y, out_x, OUT, WIDE), result, mask=inside)
+        out_rows = rows_of(c, y, out_c, out_y, OUT, WIDE)
+        tl.store(out_start + tile_of(out_rows, x, out_x, OUT, WIDE), result, mask=inside)
 
 
 def reading_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> str:
@@ -240,26 +262,28 @@ def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float) ->
     walk = walk_of(out)
     reading = reading_of(mode, (top_height, top_width), (height, width))
     pairs = reading == "pairs"
-    alignments: dict[str, Any]
+    alignments: dict[str, int]
     if walk == "channels":
-        kernel, columns, outer = merge_channels, channels, batch * (top_height if pairs else height)
+        launched, columns, outer = merge_channels, channels, batch * (top_height if pairs else height)
         rows = top_width if pairs else width
         alignments = {
             name: geometry.alignment(tensor, 1, channels)
             for name, tensor in (("TOP", top), ("LATERAL", lateral), ("OUT", out))
         }
     else:
-        kernel, outer = merge_planes, batch * channels
-        rows, columns = (top_height, top_width) if pairs else (height, width)
+        launched, outer = merge_planes, batch
+        rows, columns = (channels * top_height, top_width) if pairs else (channels * height, width)
         alignments = {
             "TOP": geometry.alignment(top, 3, top_width) if pairs else 0,
             "LATERAL": geometry.alignment(lateral, 3, width),
             "OUT": geometry.alignment(out, 3, width),
         }
-    config = choose(walk, reading, lateral.element_size(), columns)
+    # The planes gather from the top element by element in any case.
+    access = min(a for name, a in alignments.items() if name != "TOP" or walk == "channels" or pairs)
+    config = choose(walk, reading, lateral.element_size(), columns, access)
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
     with geometry.device_guard(lateral):
-        kernel[(row_tiles * column_tiles * outer,)](
+        launched[(row_tiles * column_tiles * outer,)](
             *(top, lateral, out, gain, geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(channels, height, width, top_height, top_width),
             *geometry.strides(top),
@@ -287,7 +311,7 @@ def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor
 def variants() -> Iterator[Variant]:
     """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
     cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
-    cases += [(key, tiles[0], 0) for key, tiles in TABLE.items() if key[2] == 2]
+    cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
     for (walk, reading, size), config, alignment in cases:
         pairs = reading == "pairs"
         yield variant(

@@ -5,10 +5,13 @@ forward's own float32 indices (`device.first_reader`).  No atomics: every coarse
 float32 and in a fixed order, and rounded once.
 
 Three ways to read a range, by its length: *pairs* (exactly twice the size: two by two, no masks), *windows* of at most
-four by four pixels (unrolled, so that all loads are in flight at once), and *areas* of any size (a program to each coarse
-pixel, which goes over its fine pixels in tiles).  Each can write, beside its result, the float32 sums of what it
-summed: since the weights of a fine pixel add up to 1, these add up to the gradient of the bias (`merge_backward`).
+four by four pixels (unrolled, so that all loads are in flight at once), and *areas* of any size (a program to each
+coarse pixel, which goes over its fine pixels in tiles).  Each can write, beside its result, the float32 sums of what
+it summed: the weights of a fine pixel add up to 1, so these add up to the gradient of the bias (`merge_backward`).
 """
+
+# ruff: noqa: N803, N806, SIM108 - Triton's idiom: constexprs in capitals, and a branch for each
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,14 +26,20 @@ from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
-    bilinear_source,
-    first_reader,
+    along,
+    bilinear_weight,
+    kernel,
     known_multiple,
+    loop_bound,
+    readers,
     rounded,
+    row_tile_of,
+    rows_of,
     start_of,
     tile_of,
+    widened,
 )
-from fpn_kernels.backends.triton.upsample_add import TileConfig, longest_filled, walk_of
+from fpn_kernels.backends.triton.upsample_add import TileConfig, fitting, walk_of
 
 _RUN_TIME = [
     *("channels", "height", "width", "top_height", "top_width"),
@@ -43,28 +51,27 @@ _RUN_TIME = [
 PAIRS = 1  # the window that marks the two by two, unmasked case
 AREA = 0
 
-_PIXELS_BY_CHANNELS = {2: (TileConfig(4, 256, 4), TileConfig(16, 64, 4)), 4: (TileConfig(8, 64, 4),)}
+_PIXELS_BY_CHANNELS = {
+    2: (TileConfig(4, 256, 4), TileConfig(16, 64, 4), TileConfig(64, 16, 4)),
+    4: (TileConfig(8, 64, 4), TileConfig(32, 16, 4)),
+}
 _ROWS_BY_COLUMNS = {2: (TileConfig(16, 32, 4),), 4: (TileConfig(16, 32, 4),)}
 
-# (walk, window, bytes of an element) -> tiles of coarse pixels, the longest first: one 16-byte access a thread of 128 to
-# each fine pixel of the window.  An area's tiles are of the fine pixels of a single coarse one.
+# (walk, window, bytes of an element) -> tiles of coarse pixels, the longest first: one 16-byte access a thread of 128
+# to each fine pixel of the window.  An area's tiles are of the fine pixels of a single coarse one.
 TABLE = {
     **{("channels", window, n): _PIXELS_BY_CHANNELS[n] for window in (PAIRS, 2, 4) for n in (2, 4)},
     **{("planes", window, n): _ROWS_BY_COLUMNS[n] for window in (PAIRS, 2, 4) for n in (2, 4)},
-    ("channels", AREA, 2): (TileConfig(32, 64, 4), TileConfig(8, 64, 2)),
-    ("channels", AREA, 4): (TileConfig(32, 32, 4), TileConfig(8, 32, 2)),
-    ("planes", AREA, 2): (TileConfig(8, 256, 4), TileConfig(8, 32, 1)),
-    ("planes", AREA, 4): (TileConfig(8, 256, 4), TileConfig(8, 32, 1)),
+    ("channels", AREA, 2): (TileConfig(16, 64, 4),),
+    ("channels", AREA, 4): (TileConfig(16, 32, 4),),
+    ("planes", AREA, 2): (TileConfig(16, 64, 4),),
+    ("planes", AREA, 4): (TileConfig(16, 64, 4),),
 }
 
 
-def choose(walk: str, window: int, element_size: int, columns: int, longest: int) -> TileConfig:
-    """The tile for rows of `columns` elements; for areas, for ranges of up to `longest` fine pixels."""
-    tiles = TABLE[walk, window, element_size]
-    if window != AREA:
-        return longest_filled(tiles, columns)
-    large, small = tiles
-    return large if 2 * longest >= (large.rows if walk == "channels" else large.columns) else small
+def choose(walk: str, window: int, element_size: int, columns: int, access: int) -> TileConfig:
+    """The tile for rows of `columns` elements; `access` as for the forward."""
+    return fitting(TABLE[walk, window, element_size], columns, access)
 
 
 def window_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> int:
@@ -83,7 +90,9 @@ class Plan:
         walk: "channels" or "planes".
         window: PAIRS, 2, 4 or AREA.
         config: the tile.
-        row_tiles, column_tiles: tiles of one image row (channels) or of one plane (planes); of areas, coarse pixels.
+        grad_alignment, out_alignment: `geometry.alignment` along the contiguous axis of each.
+        row_tiles: tiles of one image row (channels) or of all rows of an image (planes); of areas, coarse pixels.
+        column_tiles: tiles of the channels, or of an image row (planes).
         groups: programs to an image row; each goes over a share of its row tiles.
         programs: the grid.
         partials: sums that each channel of the bias is left in.
@@ -92,6 +101,8 @@ class Plan:
     walk: str
     window: int
     config: TileConfig
+    grad_alignment: int
+    out_alignment: int
     row_tiles: int
     column_tiles: int
     groups: int
@@ -99,23 +110,30 @@ class Plan:
     partials: int
 
 
-# Partial sums of the bias to a channel: enough programs to fill a GPU, few enough to add up in one small launch.
-MOST_PARTIALS = 1024
+# Partial sums of the bias to a channel: enough programs to fill a GPU, few enough to be a small part of the traffic (at
+# 200 x 320 fine pixels and 16 bits, 1.5 %) and to be added up in one small launch.
+MOST_PARTIALS = 512
 
 
-def plan(
-    walk: str, element_size: int, shape: tuple[int, ...], top_size: tuple[int, int], mode: str, bias: bool
-) -> Plan:
-    """Chooses the tile and the grid for a gradient of `shape` [N, C, H, W]; a pure function."""
-    batch, channels, height, width = shape
-    top_height, top_width = top_size
-    window = window_of(mode, top_size, (height, width))
-    longest = max(geometry.longest_window(a, b, mode) for a, b in zip(top_size, (height, width), strict=True))
-    config = choose(walk, window, element_size, channels if walk == "channels" else top_width, longest)
+def plan(grad: Tensor, out: Tensor, mode: str, bias: bool) -> Plan:
+    """Chooses the tile and the grid that gather `grad` into `out`."""
+    batch, channels, height, width = grad.shape
+    top_height, top_width = out.shape[2:]
+    walk = walk_of(out)
+    window = window_of(mode, (top_height, top_width), (height, width))
+    if walk == "channels":
+        grad_alignment, out_alignment = (geometry.alignment(t, 1, channels) for t in (grad, out))
+    elif window == AREA:
+        # A coarse pixel's range starts anywhere, and its channels lie a plane apart.
+        grad_alignment, out_alignment = min(geometry.alignment(grad, 3), 1), 0
+    else:
+        grad_alignment, out_alignment = geometry.alignment(grad, 3, width), geometry.alignment(out, 3, top_width)
+    access = grad_alignment if window == AREA else min(grad_alignment, out_alignment)
+    config = choose(walk, window, grad.element_size(), channels if walk == "channels" else top_width, access)
     groups = 1
     if window == AREA:
         row_tiles = top_width
-        column_tiles = -(-channels // config.columns) if walk == "channels" else channels
+        column_tiles = -(-channels // (config.columns if walk == "channels" else config.rows))
         programs = batch * top_height * row_tiles * column_tiles
         partials = batch * top_height * top_width
     elif walk == "channels":
@@ -126,30 +144,16 @@ def plan(
         programs = batch * top_height * groups * column_tiles
         partials = batch * top_height * groups
     else:
-        row_tiles, column_tiles = -(-top_height // config.rows), -(-top_width // config.columns)
-        programs = batch * channels * row_tiles * column_tiles
-        partials = batch * row_tiles * column_tiles
-    return Plan(walk, window, config, row_tiles, column_tiles, groups, programs, partials)
+        row_tiles, column_tiles = -(-channels * top_height // config.rows), -(-top_width // config.columns)
+        programs = batch * row_tiles * column_tiles
+        partials = batch * column_tiles * top_height
+    return Plan(
+        *(walk, window, config, grad_alignment, out_alignment),
+        *(row_tiles, column_tiles, groups, programs, partials),
+    )
 
 
-@triton.jit
-def _bilinear_weight(fine, coarse, scale, size):
-    """What fine pixel `fine` takes of coarse pixel `coarse` along one axis (both, where an edge is read twice)."""
-    lower, upper, weight = bilinear_source(fine, scale, size)
-    return tl.where(lower == coarse, 1.0 - weight, 0.0) + tl.where(upper == coarse, weight, 0.0)
-
-
-@triton.jit
-def _readers(coarse, scale, inverse, size, fine_size, MODE: tl.constexpr):
-    """The range of fine pixels that read coarse pixel `coarse`."""
-    if MODE == "bilinear":
-        first = first_reader(coarse - 1, scale, inverse, size, fine_size, MODE)
-    else:
-        first = first_reader(coarse, scale, inverse, size, fine_size, MODE)
-    return first, first_reader(coarse + 1, scale, inverse, size, fine_size, MODE)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def gather_channels(
     grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
@@ -170,16 +174,17 @@ def gather_channels(
     channels = known_multiple(known_multiple(channels, GRAD), OUT)
     out_start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
     if WINDOW != 1:
-        y_first, y_end = _readers(y, scale_y, inverse_y, top_height, height, MODE)
+        y_first, y_end = readers(y, scale_y, inverse_y, top_height, height, MODE)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for row_tile in range(group * row_tiles // groups, (group + 1) * row_tiles // groups):
+    first_tile, end_tile = group * row_tiles // groups, (group + 1) * row_tiles // groups
+    for row_tile in range(loop_bound(first_tile), loop_bound(end_tile)):
         x = row_tile * ROWS + tl.arange(0, ROWS)
         inside = (x < top_width)[:, None] & (c < channels)[None, :]
         if WINDOW == 1:
             upper = start_of(grad, n, 2 * y, grad_n, grad_y, GRAD, WIDE)
             lower = start_of(grad, n, 2 * y + 1, grad_n, grad_y, GRAD, WIDE)
-            left = tile_of(2 * x, c, grad_x, grad_c, GRAD, WIDE)
-            right = tile_of(2 * x + 1, c, grad_x, grad_c, GRAD, WIDE)
+            left = row_tile_of(2 * x, c, grad_x, grad_c, GRAD, WIDE)
+            right = row_tile_of(2 * x + 1, c, grad_x, grad_c, GRAD, WIDE)
             upper_left = tl.load(upper + left, mask=inside, other=0.0)
             upper_right = tl.load(upper + right, mask=inside, other=0.0)
             lower_left = tl.load(lower + left, mask=inside, other=0.0)
@@ -187,29 +192,32 @@ def gather_channels(
             upper_sum = upper_left.to(tl.float32) + upper_right.to(tl.float32)
             result = upper_sum + (lower_left.to(tl.float32) + lower_right.to(tl.float32))
         else:
-            x_first, x_end = _readers(x, scale_x, inverse_x, top_width, width, MODE)
+            x_first, x_end = readers(x, scale_x, inverse_x, top_width, width, MODE)
             result = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for dy in tl.static_range(WINDOW):
-                fine_y = y_first + dy
-                start = start_of(grad, n, fine_y, grad_n, grad_y, GRAD, WIDE)
-                for dx in tl.static_range(WINDOW):
-                    fine_x = x_first + dx
-                    read = inside & ((fine_x < x_end) & (fine_y < y_end))[:, None]
-                    tile = tile_of(fine_x, c, grad_x, grad_c, GRAD, WIDE)
-                    value = tl.load(start + tile, mask=read, other=0.0).to(tl.float32)
+            for dx in tl.static_range(WINDOW):
+                fine_x = x_first + dx
+                tile = row_tile_of(fine_x, c, grad_x, grad_c, GRAD, WIDE)
+                column_inside = inside & (fine_x < x_end)[:, None]
+                column = tl.zeros([ROWS, COLUMNS], tl.float32)
+                for dy in tl.static_range(WINDOW):
+                    fine_y = y_first + dy
+                    start = start_of(grad, n, fine_y, grad_n, grad_y, GRAD, WIDE)
+                    value = tl.load(start + tile, mask=column_inside & (fine_y < y_end), other=0.0).to(tl.float32)
                     if MODE == "bilinear":
-                        weight = _bilinear_weight(fine_x, x, scale_x, top_width)
-                        value = value * (weight * _bilinear_weight(fine_y, y, scale_y, top_height))[:, None]
-                    result += value
+                        value = value * bilinear_weight(fine_y, y, scale_y, top_height)
+                    column += value
+                if MODE == "bilinear":
+                    column = column * bilinear_weight(fine_x, x, scale_x, top_width)[:, None]
+                result += column
         stored = rounded(gain * result, out.dtype.element_ty)
-        tl.store(out_start + tile_of(x, c, out_x, out_c, OUT, WIDE), stored, mask=inside)
+        tl.store(out_start + row_tile_of(x, c, out_x, out_c, OUT, WIDE), stored, mask=inside)
         if BIAS:
             total += result
     if BIAS:
         tl.store(partials + partial * channels + c, tl.sum(total, axis=0), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def gather_planes(
     grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
@@ -222,45 +230,54 @@ def gather_planes(
 ):  # fmt: skip
     program = tl.program_id(0)
     column_tile = program % column_tiles
-    row_tile = (program // column_tiles) % row_tiles
-    c = (program // (column_tiles * row_tiles)) % channels
-    n = (program // (column_tiles * row_tiles)) // channels
-    y = row_tile * ROWS + tl.arange(0, ROWS)
+    program = program // column_tiles
+    # Rows of all channels, one after another: a tile may span several small planes.
+    row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)
+    n = program // row_tiles
+    c = row // top_height
+    y = row - c * top_height
     x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    rows_inside = (y < top_height)[:, None]
+    rows_inside = (c < channels)[:, None]
     inside = rows_inside & (x < known_multiple(top_width, OUT))[None, :]
-    start = start_of(grad, n, c, grad_n, grad_c, GRAD, WIDE)
+    start = grad + widened(n, WIDE) * known_multiple(grad_n, GRAD)
     if WINDOW == 1:
         fine_x = column_tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
         read = rows_inside & (fine_x < known_multiple(width, GRAD))[None, :]
-        upper = tl.load(start + tile_of(2 * y, fine_x, grad_y, grad_x, GRAD, WIDE), mask=read, other=0.0)
-        lower = tl.load(start + tile_of(2 * y + 1, fine_x, grad_y, grad_x, GRAD, WIDE), mask=read, other=0.0)
+        upper_rows = rows_of(c, 2 * y, grad_c, grad_y, GRAD, WIDE)
+        lower_rows = rows_of(c, 2 * y + 1, grad_c, grad_y, GRAD, WIDE)
+        upper = tl.load(start + tile_of(upper_rows, fine_x, grad_x, GRAD, WIDE), mask=read, other=0.0)
+        lower = tl.load(start + tile_of(lower_rows, fine_x, grad_x, GRAD, WIDE), mask=read, other=0.0)
         both = upper.to(tl.float32) + lower.to(tl.float32)
         result = tl.sum(tl.reshape(both, [ROWS, COLUMNS, 2]), axis=2)
     else:
-        y_first, y_end = _readers(y, scale_y, inverse_y, top_height, height, MODE)
-        x_first, x_end = _readers(x, scale_x, inverse_x, top_width, width, MODE)
+        y_first, y_end = readers(y, scale_y, inverse_y, top_height, height, MODE)
+        x_first, x_end = readers(x, scale_x, inverse_x, top_width, width, MODE)
         result = tl.zeros([ROWS, COLUMNS], tl.float32)
         for dy in tl.static_range(WINDOW):
             fine_y = y_first + dy
+            fine_rows = rows_of(c, fine_y, grad_c, grad_y, 0, WIDE)
+            row_inside = inside & (fine_y < y_end)[:, None]
+            line = tl.zeros([ROWS, COLUMNS], tl.float32)
             for dx in tl.static_range(WINDOW):
                 fine_x = x_first + dx
-                read = inside & (fine_y < y_end)[:, None] & (fine_x < x_end)[None, :]
-                tile = tile_of(fine_y, fine_x, grad_y, grad_x, 0, WIDE)
-                value = tl.load(start + tile, mask=read, other=0.0).to(tl.float32)
+                tile = tile_of(fine_rows, fine_x, grad_x, 0, WIDE)
+                value = tl.load(start + tile, mask=row_inside & (fine_x < x_end)[None, :], other=0.0).to(tl.float32)
                 if MODE == "bilinear":
-                    value = value * _bilinear_weight(fine_y, y, scale_y, top_height)[:, None]
-                    value = value * _bilinear_weight(fine_x, x, scale_x, top_width)[None, :]
-                result += value
+                    value = value * bilinear_weight(fine_x, x, scale_x, top_width)[None, :]
+                line += value
+            if MODE == "bilinear":
+                line = line * bilinear_weight(fine_y, y, scale_y, top_height)[:, None]
+            result += line
     stored = rounded(gain * result, out.dtype.element_ty)
-    out_start = start_of(out, n, c, out_n, out_c, OUT, WIDE)
-    tl.store(out_start + tile_of(y, x, out_y, out_x, OUT, WIDE), stored, mask=inside)
+    out_rows = rows_of(c, y, out_c, out_y, OUT, WIDE)
+    out_start = out + widened(n, WIDE) * known_multiple(out_n, OUT)
+    tl.store(out_start + tile_of(out_rows, x, out_x, OUT, WIDE), stored, mask=inside)
     if BIAS:
-        partial = (n * row_tiles + row_tile) * column_tiles + column_tile
-        tl.store(partials + partial * channels + c, tl.sum(tl.sum(tl.where(inside, result, 0.0), axis=1), axis=0))
+        partial = (n * column_tiles + column_tile) * top_height + y
+        tl.store(partials + partial.to(tl.int64) * channels + c, tl.sum(result, axis=1), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@kernel(_RUN_TIME)
 def gather_area(
     grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
@@ -272,75 +289,64 @@ def gather_area(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    channel_tile = program % column_tiles
     pixel = program // column_tiles
     x = pixel % top_width
     y = (pixel // top_width) % top_height
     n = (pixel // top_width) // top_height
-    y_first, y_end = _readers(y, scale_y, inverse_y, top_height, height, MODE)
-    x_first, x_end = _readers(x, scale_x, inverse_x, top_width, width, MODE)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    y_first, y_end = readers(y, scale_y, inverse_y, top_height, height, MODE)
+    x_first, x_end = readers(x, scale_x, inverse_x, top_width, width, MODE)
+    # The longer axis of the tile is the one that is contiguous: channels or the pixels of a fine row.
+    CHANNELS: tl.constexpr = COLUMNS if WALK == "channels" else ROWS
+    PIXELS: tl.constexpr = ROWS if WALK == "channels" else COLUMNS
+    c = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     if WALK == "channels":
-        # Tiles of fine pixels of a row, by channels.
-        c = (program % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-        channels = known_multiple(known_multiple(channels, GRAD), OUT)
-        for fine_y in range(y_first, y_end):
+        channels = known_multiple(channels, GRAD)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tile_x in range(loop_bound(x_first), loop_bound(x_end), PIXELS):
+        fine_x = tile_x + tl.arange(0, PIXELS)
+        if WALK == "channels":
+            read = (fine_x < x_end)[:, None] & (c < channels)[None, :]
+            tile = row_tile_of(fine_x, c, grad_x, grad_c, GRAD, WIDE)
+        else:
+            read = (c < channels)[:, None] & (fine_x < x_end)[None, :]
+            tile = row_tile_of(c, fine_x, grad_c, grad_x, GRAD, WIDE)
+        column = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in range(0, loop_bound(y_end - y_first)):
+            fine_y = y_first + step
             start = start_of(grad, n, fine_y, grad_n, grad_y, GRAD, WIDE)
-            for tile_x in range(x_first, x_end, ROWS):
-                fine_x = tile_x + tl.arange(0, ROWS)
-                read = (fine_x < x_end)[:, None] & (c < channels)[None, :]
-                tile = tile_of(fine_x, c, grad_x, grad_c, GRAD, WIDE)
-                value = tl.load(start + tile, mask=read, other=0.0).to(tl.float32)
-                if MODE == "bilinear":
-                    weight = _bilinear_weight(fine_x, x, scale_x, top_width)
-                    value = value * (weight * _bilinear_weight(y * 0 + fine_y, y, scale_y, top_height))[:, None]
-                total += value
+            value = tl.load(start + tile, mask=read, other=0.0).to(tl.float32)
+            if MODE == "bilinear":
+                value = value * bilinear_weight(fine_y, y, scale_y, top_height)
+            column += value
+        if MODE == "bilinear":
+            weight = bilinear_weight(fine_x, x, scale_x, top_width)
+            if WALK == "channels":
+                column = column * weight[:, None]
+            else:
+                column = column * weight[None, :]
+        total += column
+    if WALK == "channels":
         result = tl.sum(total, axis=0)
-        out_start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
-        # One coarse pixel: its channels are a row of a tile with a single row.
-        place = tile_of(x + tl.arange(0, 1), c, out_x, out_c, OUT, WIDE)
-        stored = rounded(gain * result, out.dtype.element_ty)
-        tl.store(out_start + place, stored[None, :], mask=(c < channels)[None, :])
-        if BIAS:
-            tl.store(partials + pixel * channels + c, result, mask=c < channels)
     else:
-        # Tiles of rows and columns of a plane.
-        c = program % column_tiles
-        start = start_of(grad, n, c, grad_n, grad_c, GRAD, WIDE)
-        for tile_y in range(y_first, y_end, ROWS):
-            fine_y = tile_y + tl.arange(0, ROWS)
-            for tile_x in range(x_first, x_end, COLUMNS):
-                fine_x = tile_x + tl.arange(0, COLUMNS)
-                read = (fine_y < y_end)[:, None] & (fine_x < x_end)[None, :]
-                tile = tile_of(fine_y, fine_x, grad_y, grad_x, GRAD, WIDE)
-                value = tl.load(start + tile, mask=read, other=0.0).to(tl.float32)
-                if MODE == "bilinear":
-                    value = value * _bilinear_weight(fine_y, y, scale_y, top_height)[:, None]
-                    value = value * _bilinear_weight(fine_x, x, scale_x, top_width)[None, :]
-                total += value
-        result = tl.sum(tl.sum(total, axis=1), axis=0)
-        out_start = start_of(out, n, c, out_n, out_c, OUT, WIDE)
-        place = tile_of(y + tl.arange(0, 1), x + tl.arange(0, 1), out_y, out_x, OUT, WIDE)
-        tl.store(out_start + place, tl.full([1, 1], 0.0, tl.float32) + rounded(gain * result, out.dtype.element_ty))
-        if BIAS:
-            tl.store(partials + pixel * channels + c, result)
+        result = tl.sum(total, axis=1)
+    out_start = start_of(out, n, y, out_n, out_y, 0, WIDE) + widened(x, WIDE) * out_x
+    stored = rounded(gain * result, out.dtype.element_ty)
+    tl.store(out_start + along(widened(c, WIDE), out_c, OUT), stored, mask=c < channels)
+    if BIAS:
+        tl.store(partials + pixel.to(tl.int64) * channels + c, result, mask=c < channels)
 
 
-def launch(
-    chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mode: str, gain: float
-) -> None:
+def launch(chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mode: str, gain: float) -> None:
     """Writes ``gain * adjoint(grad)`` into `out`; unscaled sums into `partials`, float32 [chosen.partials, C]."""
     _, channels, height, width = grad.shape
     top_height, top_width = out.shape[2:]
-    if chosen.walk == "channels":
-        alignments = [geometry.alignment(t, 1, channels) for t in (grad, out)]
-    else:
-        alignments = [geometry.alignment(grad, 3, width), geometry.alignment(out, 3, top_width)]
     constexprs: dict[str, Any] = {"WINDOW": chosen.window}
-    kernel = gather_channels if chosen.walk == "channels" else gather_planes
+    launched = gather_channels if chosen.walk == "channels" else gather_planes
     if chosen.window == AREA:
-        kernel, constexprs = gather_area, {"WALK": chosen.walk}
+        launched, constexprs = gather_area, {"WALK": chosen.walk}
     with geometry.device_guard(grad):
-        kernel[(chosen.programs,)](
+        launched[(chosen.programs,)](
             *(grad, out, out if partials is None else partials, gain),
             *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(geometry.scale(height, top_height), geometry.scale(width, top_width)),
@@ -352,8 +358,8 @@ def launch(
             **constexprs,
             BIAS=partials is not None,
             WIDE=geometry.needs_int64(grad, out),
-            GRAD=alignments[0],
-            OUT=alignments[1],
+            GRAD=chosen.grad_alignment,
+            OUT=chosen.out_alignment,
             ROWS=chosen.config.rows,
             COLUMNS=chosen.config.columns,
             num_warps=chosen.config.num_warps,
@@ -364,7 +370,7 @@ def launch(
 
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
     out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    chosen = plan(walk_of(out), grad.element_size(), tuple(grad.shape), top_size, mode, bias=False)
+    chosen = plan(grad, out, mode, bias=False)
     launch(chosen, grad, out, None, mode, gain)
     return out
 
@@ -372,18 +378,20 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
 def gather_variants(name: str, bias: bool) -> Iterator[Variant]:
     """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
     cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
-    cases += [(key, tiles[0], 0) for key, tiles in TABLE.items() if key[2] == 2]
+    if not bias:
+        cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
     for (walk, window, size), config, alignment in cases:
-        kernel = gather_channels if walk == "channels" else gather_planes
+        gather = gather_channels if walk == "channels" else gather_planes
         area = {"WALK": walk} if window == AREA else {"WINDOW": window}
         for mode in ("nearest",) if window in (PAIRS, 2) else ("nearest", "bilinear"):
             yield variant(
-                gather_area if window == AREA else kernel,
+                gather_area if window == AREA else gather,
                 {"grad": POINTER_TYPES[size], "out": POINTER_TYPES[size], "partials": "*fp32"},
                 ("gain", "scale_y", "scale_x", "inverse_y", "inverse_x"),
                 {
                     **{"MODE": mode, **area, "BIAS": bias, "WIDE": alignment == 0},
-                    **{"GRAD": alignment, "OUT": alignment},
+                    "GRAD": 1 if alignment and window == AREA and walk == "planes" else alignment,
+                    "OUT": 0 if window == AREA and walk == "planes" else alignment,
                     **{"ROWS": config.rows, "COLUMNS": config.columns},
                 },
                 {"num_warps": config.num_warps, "enable_fp_fusion": False},

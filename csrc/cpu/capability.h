@@ -1,0 +1,38 @@
+// Which of the kernels compiled for several instruction sets this CPU runs.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace fpn::cpu {
+
+enum class Level : int64_t { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The highest level that this CPU has, or the ceiling where that is lower.
+Level level();
+
+// For tests: all levels give the same bits.  Returns the level then in use.
+int64_t limit_level(int64_t ceiling);
+
+// Whether the matrix products of this library are the faster ones for maps of a dtype on this CPU.
+bool multiplies(Dtype dtype);
+
+template <class Kernel>
+Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Kernel avx512) {
+  switch (level()) {
+    case Level::avx512: return avx512;
+    case Level::avx2: return avx2;
+    case Level::portable: break;
+  }
+  return portable;
+}
+
+#if defined(__x86_64__)
+#define FPN_CHOOSE(kernel) \
+  ::fpn::cpu::choose(&::fpn::cpu::portable::kernel, &::fpn::cpu::avx2::kernel, &::fpn::cpu::avx512::kernel)
+#else
+#define FPN_CHOOSE(kernel) (&::fpn::cpu::portable::kernel)
+#endif
+
+}  // namespace fpn::cpu

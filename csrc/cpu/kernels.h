@@ -1,0 +1,132 @@
+// What the drivers (compiled once, for any CPU) hand to the kernels (compiled once a level; see capability.h).
+//
+// Plain structures only: a kernel allocates nothing, checks nothing and knows no tensor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fpn::cpu {
+
+enum class Dtype : int32_t { float16, bfloat16, float32, float64 };
+
+// A map [N, C, H, W] in any layout; strides in elements.
+struct Map {
+  const void* data;
+  int64_t height, width;
+  int64_t stride_n, stride_c, stride_y, stride_x;
+};
+
+// A dense result; stride_x is 1 (NCHW) or stride_c is 1 (NHWC).
+struct Result {
+  void* data;
+  int64_t stride_n, stride_c, stride_y, stride_x;
+};
+
+// The pixels that each fine pixel reads along one axis.
+struct ForwardAxis {
+  const int32_t* lower;
+  const int32_t* upper;    // null in the nearest modes
+  const float* weight;     // of `upper`, for maps of up to 32 bits
+  const double* weight64;  // the same for float64 maps
+  bool doubled;            // lower[i] == i / 2, and nothing else is read
+};
+
+// The fine pixels that each coarse pixel was read by: begin[s] .. begin[s] + count[s].
+struct AdjointAxis {
+  const int32_t* begin;
+  const int32_t* count;
+  int64_t longest;         // the largest count
+  // Term by term, [longest][coarse size]: the k-th fine pixel of each coarse one and its weight, zero beyond the count.
+  const int32_t* index;
+  const float* weight;
+  const double* weight64;
+  // Fine pixels by the lower pixel that they read: each belongs to one coarse pixel.
+  const int32_t* own_begin;
+  const int32_t* own_count;
+  bool doubled;            // begin[s] == 2 s, count[s] == 2, weights 1
+};
+
+// out = gain * (lateral + resize(top))
+struct UpsampleAdd {
+  Dtype dtype;
+  Map top, lateral;
+  Result out;
+  int64_t channels;
+  ForwardAxis rows, columns;
+  double gain;
+  bool bilinear;
+  bool channels_last;
+  bool streaming;  // the result is too large for the caches
+};
+
+// grad_top = gain * adjoint of the resize; where bias_sums is given, also the sums of grad, in float64.
+struct UpsampleAddBackward {
+  Dtype dtype;
+  Map grad;
+  Result grad_top;
+  int64_t channels, top_height, top_width;
+  AdjointAxis rows, columns;
+  double gain;
+  bool bilinear;
+  bool channels_last;
+  double* bias_sums;  // a line of sums for each unit: [units] in NCHW, [units][channels] in NHWC; or null
+};
+
+// out = gain * (weight x feature + bias + resize(top)), through lateral_connection_tiles.inc.
+struct LateralConnection {
+  Dtype dtype;
+  Map feature;          // channels (feature_channels_last) or pixels side by side; the pixels of a map evenly spaced
+  Map top;              // data null: none
+  Result out;
+  const void* weight_from;  // [cout, cin]
+  int64_t weight_row_stride, weight_column_stride;
+  void* weight;         // room for it as the tiles read it: see pack_weight
+  const float* bias;    // [cout]
+  int64_t cin, cout, height, width;
+  int64_t operands;     // channels, or pairs of them
+  int64_t block, blocks;  // pixels in a block, blocks in a map
+  ForwardAxis rows, columns;
+  double gain;
+  bool bilinear;
+  bool channels_last;   // the result
+  bool feature_channels_last;
+};
+
+// A tile of sums in registers, rows x columns.
+constexpr int64_t tile_rows = 12;
+constexpr int64_t panel_columns = 32;
+// Operands added up in registers at a time: a panel's share stays in the first cache, and shorter chains of sums
+// round less.
+constexpr int64_t chunk = 128;
+
+// Units are rows of the result: (n * C + c) * height + y in NCHW, n * height + y in NHWC.
+using UpsampleAddRows = void (*)(const UpsampleAdd&, int64_t begin, int64_t end, std::byte* scratch);
+using UpsampleAddBackwardRows = void (*)(const UpsampleAddBackward&, int64_t begin, int64_t end, std::byte* scratch);
+
+// Every line in scratch memory starts on a cache line.
+inline constexpr int64_t line_bytes(int64_t count, int64_t element) { return (count * element + 63) / 64 * 64; }
+
+#define FPN_DECLARE_KERNELS(level)                                                                       \
+  namespace level {                                                                                      \
+  void upsample_add_rows(const UpsampleAdd&, int64_t begin, int64_t end, std::byte* scratch);            \
+  void upsample_add_backward_rows(const UpsampleAddBackward&, int64_t begin, int64_t end, std::byte* scratch); \
+  }
+
+FPN_DECLARE_KERNELS(portable)
+FPN_DECLARE_KERNELS(avx2)
+FPN_DECLARE_KERNELS(avx512)
+
+// Matrix products: floats (float16 and float32 maps), and pairs of bfloat16.
+namespace avx512 {
+void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+}  // namespace avx512
+namespace avx512bf16 {
+void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+}  // namespace avx512bf16
+
+#undef FPN_DECLARE_KERNELS
+
+}  // namespace fpn::cpu

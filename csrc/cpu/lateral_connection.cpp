@@ -1,0 +1,100 @@
+// The 1x1 convolution, its bias and the merge in one pass, where this CPU multiplies faster that way than by PyTorch's
+// own matrix product; elsewhere nothing is done, and the caller takes that.
+
+#include <vector>
+
+#include "../operators.h"
+#include "capability.h"
+#include "maps.h"
+#include "tables.h"
+
+namespace fpn::cpu {
+
+namespace {
+
+constexpr int64_t operand_bytes = 4;
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
+
+// Pixels one after the other at one distance, whether along a row or from one row to the next.
+bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride_y == map.width * map.stride_x; }
+
+bool top_fits(const Map& top, bool channels_last) { return channels_last ? top.stride_c == 1 : top.stride_x == 1; }
+
+// Blocks of one size over a map, a whole number of them for each thread where that can be.
+void choose_blocks(LateralConnection& call, int64_t batch) {
+  const int64_t pixels = call.height * call.width;
+  const int64_t multiple = call.channels_last && call.feature_channels_last ? tile_rows : panel_columns;
+  const int64_t wanted = call.channels_last ? 96 : 320;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = round_up(batch * divide_up(pixels, wanted), threads);
+  call.block = round_up(divide_up(pixels, divide_up(units, batch)), multiple);
+  call.blocks = divide_up(pixels, call.block);
+}
+
+[[maybe_unused]] int64_t scratch_bytes(const LateralConnection& call) {
+  const int64_t columns = round_up(call.block, panel_columns);
+  const int64_t packed = line_bytes(columns * chunk, operand_bytes);
+  if (call.channels_last) return line_bytes(call.block * round_up(call.cout, panel_columns), 4) + packed;
+  const int64_t lines = 3 * line_bytes(std::max(call.width, call.top.width), 4);
+  return line_bytes(call.cout * columns, 4) + std::max(packed, lines);
+}
+
+}  // namespace
+
+bool lateral_connection(
+    const Tensor& feature,
+    const Tensor& weight,
+    const Tensor& bias,
+    const std::optional<Tensor>& top,
+    int64_t mode,
+    double gain,
+    Tensor out) {
+  LateralConnection call{};
+  call.dtype = dtype_of(feature);
+  if (!multiplies(call.dtype)) return false;
+  call.feature = map_of(feature);
+  call.out = result_of(out);
+  call.channels_last = call.out.stride_x != 1;
+  call.feature_channels_last = call.feature.stride_x != 1;
+  const bool feature_fits = evenly_spaced(call.feature) &&
+      (call.feature_channels_last ? call.feature.stride_c == 1 && call.channels_last : true);
+  if (!feature_fits) return false;
+  if (top.has_value()) {
+    call.top = map_of(*top);
+    if (!top_fits(call.top, call.channels_last)) return false;
+  }
+  call.height = call.feature.height;
+  call.width = call.feature.width;
+  call.cin = feature.size(1);
+  call.cout = weight.size(0);
+  call.weight_from = weight.const_data_ptr();
+  call.weight_row_stride = weight.stride(0);
+  call.weight_column_stride = weight.stride(1);
+  call.bias = static_cast<const float*>(bias.const_data_ptr());
+  call.gain = gain;
+  call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
+  const bool pairs = call.dtype == Dtype::bfloat16;
+  call.operands = pairs ? divide_up(call.cin, 2) : call.cin;
+  const int64_t top_height = top.has_value() ? call.top.height : 1, top_width = top.has_value() ? call.top.width : 1;
+  const ForwardTable rows(top_height, call.height, static_cast<Mode>(mode), call.dtype);
+  const ForwardTable columns(top_width, call.width, static_cast<Mode>(mode), call.dtype);
+  call.rows = rows.axis();
+  call.columns = columns.axis();
+  const int64_t batch = feature.size(0);
+  choose_blocks(call, batch);
+  const int64_t weight_units = call.channels_last ? divide_up(call.cout, panel_columns) : call.cout;
+  const int64_t weight_line = call.operands * (call.channels_last ? panel_columns : 1);
+  Scratch packed_weight(weight_units * weight_line * operand_bytes);
+  call.weight = packed_weight.data();
+#if defined(__x86_64__)
+  const auto pack = pairs ? &avx512bf16::lateral_connection_weight : &avx512::lateral_connection_weight;
+  const auto multiply = pairs ? &avx512bf16::lateral_connection_blocks : &avx512::lateral_connection_blocks;
+  run_units(pack, call, weight_units, weight_line, 0);
+  run_units(multiply, call, batch * call.blocks, call.block * call.cout, scratch_bytes(call));
+#endif
+  return true;
+}
+
+}  // namespace fpn::cpu

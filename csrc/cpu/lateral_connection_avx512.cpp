@@ -1,0 +1,91 @@
+// Matrix product of floats: float32 maps, and float16 maps widened.  Built for AVX-512 alone.
+
+#include <cstring>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace {
+
+using Operand = float;
+
+inline __m512 spread(const float* operand) { return _mm512_set1_ps(*operand); }
+inline __m512 multiply_add(__m512 sum, __m512 left, __m512 right) { return _mm512_fmadd_ps(left, right, sum); }
+
+template <class T>
+inline void write_whole(T* to, Floats value) {
+  store(to, value);
+}
+
+inline float single(float value) { return value; }
+inline float single(Half value) { return _cvtsh_ss(value.bits); }
+
+}  // namespace
+
+#include "lateral_connection_operands.h"
+
+namespace {
+
+// Channels k .. k + length of the pixels first .. first + count: where they are, or as floats in `packed`.
+template <class T>
+Left left_nhwc(
+    const LateralConnection& call, int64_t n, int64_t first, int64_t count, int64_t k, int64_t length, float* packed) {
+  const T* from = pixel<T>(call, n, first) + k;
+  if constexpr (std::is_same<T, float>::value) {
+    static_cast<void>(count);
+    static_cast<void>(length);
+    static_cast<void>(packed);
+    return {from, call.feature.stride_x, 1};
+  } else {
+    for (int64_t i = 0; i < count; ++i, from += call.feature.stride_x) {
+      float* to = packed + i * chunk;
+      over<Floats>(length, [&](int64_t j, auto extent) { store(to + j, load(from + j, extent), extent); });
+    }
+    return {packed, chunk, 1};
+  }
+}
+
+// Channels k .. k + length of the pixels first .. first + count, `row` pixels side by side and then the next channel.
+template <class T>
+void pack_pixels(
+    const LateralConnection& call,
+    int64_t n,
+    int64_t first,
+    int64_t count,
+    int64_t k,
+    int64_t length,
+    float* packed,
+    int64_t row,
+    int64_t panel) {
+  for (int64_t c = 0; c < length; ++c) {
+    const T* from = pixel<T>(call, n, first) + (k + c) * call.feature.stride_c;
+    fetch_ahead(from + 8 * call.feature.stride_c, count, k + c + 8 < call.cin);
+    for (int64_t start = 0; start < count; start += row) {
+      float* to = packed + start / row * panel + c * row;
+      const int64_t pixels = count - start < row ? count - start : row;
+      over<Floats>(pixels, [&](int64_t i, auto extent) { store(to + i, load(from + start + i, extent), extent); });
+    }
+  }
+}
+
+template <class T>
+float weight_operand(const LateralConnection& call, int64_t row, int64_t k) {
+  const T* from = static_cast<const T*>(call.weight_from);
+  return single(from[row * call.weight_row_stride + k * call.weight_column_stride]);
+}
+
+}  // namespace
+
+#include "lateral_connection_tiles.inc"
+
+namespace fpn::cpu::avx512 {
+
+void lateral_connection_weight(const LateralConnection& call, int64_t begin, int64_t end, std::byte*) {
+  (call.dtype == Dtype::float32 ? pack_weight<float> : pack_weight<Half>)(call, begin, end);
+}
+
+void lateral_connection_blocks(const LateralConnection& call, int64_t begin, int64_t end, std::byte* scratch) {
+  (call.dtype == Dtype::float32 ? blocks<float> : blocks<Half>)(call, begin, end, scratch);
+}
+
+}  // namespace fpn::cpu::avx512

@@ -1,0 +1,74 @@
+// From the stable ABI's tensors to what the kernels take, and the threads that run them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+
+#include "kernels.h"
+
+namespace fpn::cpu {
+
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    default: STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+  }
+}
+
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+inline Map map_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {
+      tensor.const_data_ptr(), tensor.size(2), tensor.size(3), strides[0], strides[1], strides[2], strides[3]};
+}
+
+inline Result result_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  STD_TORCH_CHECK(strides[3] == 1 || strides[1] == 1, "out: expected a dense NCHW or NHWC tensor");
+  return {tensor.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// Scratch memory of one task, from a cache line on.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(new std::byte[bytes + 64]) {}
+  std::byte* data() {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + ((64 - address % 64) % 64);
+  }
+
+ private:
+  std::unique_ptr<std::byte[]> memory_;
+};
+
+// Runs a kernel over its units in PyTorch's own thread pool.
+template <class Call>
+void run_units(
+    void (*kernel)(const Call&, int64_t, int64_t, std::byte*),
+    const Call& call,
+    int64_t units,
+    int64_t elements_per_unit,
+    int64_t scratch_bytes) {
+  // Below some ten thousand elements a task costs less than handing it to another thread (ATen's GRAIN_SIZE is 32768).
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_unit));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes);
+    kernel(call, begin, end, scratch.data());
+  });
+}
+
+}  // namespace fpn::cpu

@@ -1,0 +1,114 @@
+// Vectors of 16 floats or 8 doubles, whatever the instruction set.
+//
+// The width is the same at every level, and no level fuses a product and a sum, so that a kernel compiled for
+// AVX-512, for AVX2 and for neither gives the same bits.  Everything is in an anonymous namespace: a file is compiled
+// once a level, and a function that two of its objects shared could be linked from the one that this CPU cannot run.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
+// GCC 12 takes the undefined operands of its own intrinsics for a mistake (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#if defined(__AVX512BW__)
+#include "vectors_avx512.inc"
+#elif defined(__AVX2__)
+#include "vectors_avx2.inc"
+#else
+#include "vectors_portable.inc"
+#endif
+
+template <class T>
+struct VectorOf {
+  using type = Floats;
+};
+template <>
+struct VectorOf<double> {
+  using type = Doubles;
+};
+
+// How much of a vector a loop step covers: all of it, or the first `count` elements of a line shorter than a vector.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+template <class T>
+inline auto load(const T* from, Whole) {
+  return load(from);
+}
+
+template <class T>
+inline auto load(const T* from, Part part) {
+  T padded[VectorOf<T>::type::width] = {};
+  for (int i = 0; i < part.count; ++i) padded[i] = from[i];
+  return load(padded);
+}
+
+template <class T, class V>
+inline void store(T* to, V value, Whole) {
+  store(to, value);
+}
+
+template <class T, class V>
+inline void store(T* to, V value, Part part) {
+  T padded[V::width];
+  store(padded, value);
+  for (int i = 0; i < part.count; ++i) to[i] = padded[i];
+}
+
+template <class V>
+inline V gather(const typename V::Scalar* from, const int32_t* index, Whole) {
+  return gather(from, index);
+}
+
+template <class V>
+inline V gather(const typename V::Scalar* from, const int32_t* index, Part part) {
+  int32_t padded[V::width] = {};
+  for (int i = 0; i < part.count; ++i) padded[i] = index[i];
+  return gather(from, padded);
+}
+
+// Calls step(start, Whole or Part) over 0..count.  The last vector overlaps the one before it: what it computes twice
+// it must compute from inputs that the first pass did not change.
+template <class V, class Step>
+inline void over(int64_t count, Step&& step) {
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) step(i, Whole{});
+  if (i == count) return;
+  if (count >= V::width) {
+    step(count - V::width, Whole{});
+  } else {
+    step(0, Part{static_cast<int>(count)});
+  }
+}
+
+// The same without overlap, for sums into memory.
+template <class V, class Step>
+inline void over_once(int64_t count, Step&& step) {
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) step(i, Whole{});
+  if (i < count) step(i, Part{static_cast<int>(count - i)});
+}
+
+}  // namespace

@@ -1,0 +1,28 @@
+// The operators of the compiled library, `torch.ops.fpn_kernels_native.*`: schemas in library.cpp.
+//
+// Arguments arrive checked (fpn_kernels/operators/checks.py) and results allocated (fpn_kernels/backends/layouts.py).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace fpn::cpu {
+
+using torch::stable::Tensor;
+
+void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double gain, Tensor out);
+void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top);
+// Whether it served: where not, nothing was written.  bias is float32, top not null only where there is one.
+bool lateral_connection(
+    const Tensor& feature,
+    const Tensor& weight,
+    const Tensor& bias,
+    const std::optional<Tensor>& top,
+    int64_t mode,
+    double gain,
+    Tensor out);
+void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias);
+
+}  // namespace fpn::cpu

@@ -1,0 +1,157 @@
+"""The compiled library: what the shared operator tests do not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import oracle
+import pytest
+import torch
+from samples import MERGES, Sizes, random_map
+
+import fpn_kernels
+from fpn_kernels import reference, resampling
+from fpn_kernels.backends import native
+
+pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LEVELS = {0: "portable", 1: "avx2", 2: "avx512"}
+
+
+def _limit(level: int) -> int:
+    return torch.ops.fpn_kernels_native.limit_level(level)
+
+
+@pytest.fixture
+def levels() -> Iterator[list[int]]:
+    """The levels of instructions that this CPU has, in a test that may limit them."""
+    yield [level for level in LEVELS if _limit(level) == level]
+    _limit(max(LEVELS))
+
+
+def _on_every_level(levels: list[int], compute: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    results = []
+    for level in levels:
+        _limit(level)
+        results.append(compute())
+    for level, result in zip(levels[1:], results[1:], strict=True):
+        for ours, plain in zip(result, results[0], strict=True):
+            torch.testing.assert_close(
+                ours, plain, rtol=0, atol=0, equal_nan=True, msg=lambda m, level=level: f"{LEVELS[level]}: {m}"
+            )
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced-nhwc", "permuted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", resampling.MODES)
+def test_vector_and_scalar_paths_agree_bit_for_bit(
+    mode: str, dtype: torch.dtype, layout: str, levels: list[int]
+) -> None:
+    wide = Sizes(1, 33, (5, 40), (10, 80), "lines of whole vectors, and channels with a tail")
+    for sizes in [*MERGES, wide]:
+        top = random_map((sizes.batch, sizes.channels, *sizes.top), dtype, layout=layout)
+        lateral = random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, layout=layout)
+        _on_every_level(
+            levels,
+            lambda top=top, lateral=lateral, sizes=sizes: (  # type: ignore[misc]
+                native.upsample_add(top, lateral, mode, 0.7),
+                native.upsample_add_backward(lateral, sizes.top, mode, 0.7),
+                *native.merge_backward(lateral, sizes.top, mode, 0.7),
+            ),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_and_rounded_as_in_eager(dtype: torch.dtype, levels: list[int]) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+    # Sums with these reach ties, the denormal numbers, and the largest ones.
+    for addend in (0.0, 1.0, -3.0, 2.0**-14, 3 * 2.0**-24, 1e-40, 60000.0, float("inf")):
+        top = torch.full((1, 1, 1, 1), addend, dtype=dtype)
+        expected = reference.upsample_add(top, every)
+        for level in levels:
+            _limit(level)
+            result = native.upsample_add(top, every, "nearest", 1.0)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", resampling.MODES)
+def test_a_result_written_past_the_caches(mode: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
+    """Results of 24 MB and more take other store instructions."""
+    top = random_map((1, 64, 160, 160), dtype, layout=layout)
+    lateral = random_map((1, 64, 320, 320), dtype, layout=layout)
+    small = native.upsample_add(top[:, :16], lateral[:, :16], mode, 1.0)
+    for level in levels:
+        _limit(level)
+        result = native.upsample_add(top, lateral, mode, 1.0)
+        assert torch.equal(result[:, :16], small)
+    if mode == "nearest":
+        assert torch.equal(result, reference.upsample_add(top, lateral))
+
+
+@pytest.mark.parametrize("mode", resampling.MODES)
+def test_an_infinite_gradient_stays_with_its_pixel(mode: str) -> None:
+    grad = torch.ones(1, 2, 6, 10).contiguous(memory_format=torch.channels_last)
+    grad[0, 0, 0, 0] = float("inf")
+    grad_top = native.upsample_add_backward(grad, (3, 40), "nearest", 1.0)  # the resize shrank along one axis
+    assert torch.isinf(grad_top[0, 0]).sum() == 1 and not torch.isnan(grad_top).any()
+    grad_top = native.upsample_add_backward(grad.contiguous(), (3, 40), "nearest", 1.0)
+    assert torch.isinf(grad_top[0, 0]).sum() == 1 and not torch.isnan(grad_top).any()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("mode", resampling.MODES)
+def test_the_number_of_threads_does_not_show(mode: str, layout: str) -> None:
+    grad = random_map((2, 24, 75, 113), torch.float32, layout=layout)
+    feature, weight = random_map((2, 40, 75, 113), torch.float32, layout=layout), torch.randn(24, 40)
+    top = random_map((2, 24, 38, 57), torch.float32, layout=layout)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with fpn_kernels.use_backend("native"):
+                merged = native.upsample_add(top, grad, mode, 1.0)
+                connected = fpn_kernels.lateral_connection(feature, weight, None, top, mode=mode)
+            results.append((*native.merge_backward(grad, (38, 57), mode, 1.0), merged, connected))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for ours, first in zip(result[:3], results[0][:3], strict=True):
+            assert torch.equal(ours, first)
+        torch.testing.assert_close(result[3], results[0][3])
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.7])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("has_top", [False, True], ids=["no top", "top"])
+@pytest.mark.parametrize("formats", ["nchw-nchw", "nchw-nhwc", "nhwc-nhwc", "nhwc-nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_matrix_products(
+    dtype: torch.dtype, formats: str, has_top: bool, has_bias: bool, gain: float, levels: list[int]
+) -> None:
+    """The library's own and PyTorch's, whichever this CPU takes by itself; more than one block and chunk of each."""
+    source, result_format = formats.split("-")
+    memory_format = torch.channels_last if result_format == "nhwc" else torch.contiguous_format
+    feature, top = (
+        random_map((2, 301, 22, 37), dtype, layout=source),
+        random_map((2, 45, 11, 19), dtype, layout=result_format),
+    )
+    weight, bias = random_map((45, 301, 1, 1), dtype).flatten(1) / 17, random_map((1, 45, 1, 1), dtype).flatten()
+    arguments = (feature, weight, bias if has_bias else None, top if has_top else None)
+    exact = oracle.lateral_connection(*arguments, gain=gain)
+    for level in (levels[0], levels[-1]):
+        _limit(level)
+        result = native.lateral_connection(*arguments, "nearest", gain, memory_format)
+        assert result.is_contiguous(memory_format=memory_format)
+        # The oracle's own sums are in float64; the 16-bit route through PyTorch's product rounds twice.
+        assert oracle.error(result, exact) <= {torch.float32: 8, torch.float64: 32}.get(dtype, 2) * oracle.rounding(
+            dtype
+        )
+
+
+def test_it_refuses_what_it_was_not_built_for() -> None:
+    maps = torch.ones(1, 1, 2, 2, device="meta"), torch.ones(1, 1, 4, 4, device="meta")
+    assert native.BACKEND.refusal("upsample_add", (*maps, "nearest", 1.0)) is not None

@@ -1,0 +1,198 @@
+"""Every configuration of every Triton kernel, compiled ahead of time and read back as machine code.  Needs no GPU.
+
+What shows only in machine code: that nothing spills, that shared memory fits the chip, that matrix products run on the
+tensor cores and that dense maps are moved sixteen bytes at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from targets import INTERPRETED
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if INTERPRETED:
+    pytest.skip("the interpreter is on: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fpn_kernels import resampling  # noqa: E402
+from fpn_kernels.backends.triton import (  # noqa: E402
+    lateral_connection,
+    merge_backward,
+    upsample_add,
+    upsample_add_backward,
+)
+from fpn_kernels.backends.triton.compiled import Variant, all_variants  # noqa: E402
+
+VARIANTS = {variant.description: variant for variant in all_variants()}
+
+# Compute capability -> bytes of shared memory that a block may have, and the instruction of its tensor cores.
+CHIPS = {
+    80: (163 * 1024, r"\bHMMA\."),
+    90: (227 * 1024, r"\bHGMMA\."),
+    100: (227 * 1024, r"\bUTC\w*MMA\b"),
+}
+# A kernel is loaded with this much more shared memory than it asks for on sm_90 and later (`-res-usage` counts it).
+RESERVED = 1024
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    try:
+        path = triton.knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:  # what Triton raises where a tool is missing
+        pytest.skip(f"Triton came without cuobjdump: {error}")
+    return str(path)
+
+
+def _dump(option: str, cubin: Path) -> str:
+    return subprocess.run([_cuobjdump(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def _machine_code(compiled: Any, capability: int, directory: Path) -> str:
+    """The instructions of a compiled kernel, after the checks that hold for every one."""
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage, code = _dump("-res-usage", cubin), _dump("--dump-sass", cubin)
+    # A frame alone is no spill (ptxas keeps eight bytes that nothing reads); reading or writing it is.
+    assert re.search(r"\bREG:\d+ .*\bLOCAL:0\b", usage), usage
+    assert not re.findall(r"\b(?:LDL|STL)\b", code), f"spills: {usage}"
+    assert compiled.metadata.shared + RESERVED <= CHIPS[capability][0]
+    return code
+
+
+@pytest.mark.parametrize("capability", CHIPS, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize("description", VARIANTS)
+def test_machine_code(description: str, capability: int, tmp_path: Path) -> None:
+    variant: Variant = VARIANTS[description]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=dict(variant.signature),
+        constexprs=dict(variant.constexprs),
+        attrs=dict(variant.attrs),
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
+    code = _machine_code(compiled, capability, tmp_path)
+    if variant.matrix_product:
+        assert re.search(CHIPS[capability][1], code), "the matrix product is not on the tensor cores"
+    for instruction in variant.wide:
+        moves = re.findall(rf"\b{instruction}\.[\w.]+", code)
+        assert moves, f"no {instruction} at all"
+        assert all(move.endswith(".128") for move in moves), f"narrow accesses: {sorted(set(moves))}"
+
+
+class _Hopper:
+    """Stands in for Triton's driver, so that its launcher compiles for sm_90 where there is no GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 1000  # the launcher remembers what it compiled by device: not one that a later launch may mean
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What every launch inside the test compiled; nothing runs."""
+    kernels: list[Any] = []
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            assert all(0 < programs < 2**31 for programs in grid)
+            kernels.append(kernel.run(*arguments, grid=grid, warmup=True, **options))
+
+        return launch
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Hopper())
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "__getitem__", launcher)
+    return kernels
+
+
+def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels: int, sizes: Any) -> None:
+    top_size, size = sizes
+    top, lateral = (torch.empty(2, channels, *s, dtype=dtype).to(memory_format=layout) for s in (top_size, size))
+    weight = torch.empty(channels, channels, dtype=dtype)
+    for mode in resampling.MODES:
+        upsample_add.upsample_add(top, lateral, mode, 0.5)
+        upsample_add_backward.upsample_add_backward(lateral, top_size, mode, 0.5)
+        merge_backward.merge_backward(lateral, top_size, mode, 0.5)
+        lateral_connection.lateral_connection(lateral, weight, weight[0], top, mode, 0.5, None)
+    lateral_connection.lateral_connection(lateral, weight.t(), None, None, "nearest", 1.0, None)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "channels", "sizes"),
+    [
+        pytest.param(torch.bfloat16, 256, ((25, 40), (50, 80)), id="the-paper's-C5-to-C4"),
+        pytest.param(torch.float16, 256, ((38, 57), (75, 113)), id="odd-sizes"),
+        pytest.param(torch.float32, 10, ((2, 3), (6, 14)), id="few-channels"),
+        pytest.param(torch.bfloat16, 257, ((1, 1), (9, 10)), id="a-tail-and-a-1x1-top"),
+    ],
+)
+def test_a_launch_compiles(
+    dtype: torch.dtype, channels: int, sizes: Any, layout: torch.memory_format, launched: list[Any], tmp_path: Path
+) -> None:
+    """Through Triton's own launcher, whatever alignments the sizes leave: it binds, compiles and does not spill."""
+    _launch_everything(dtype, layout, channels, sizes)
+    assert len(launched) >= 5 * len(resampling.MODES)
+    for compiled in launched:
+        _machine_code(compiled, 90, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, launched: list[Any]) -> None:
+    """On dense maps whose every count 16 divides: signature, constants, alignments and options."""
+
+    def identity(source: Any, options: Any) -> tuple[Any, ...]:
+        constants = sorted(source.constants.items())
+        attrs = sorted((place, str(attr)) for place, attr in source.attrs.items() if attr)
+        return source.fn.__name__, tuple(source.signature.items()), tuple(constants), tuple(attrs), options
+
+    known = set()
+    for variant in VARIANTS.values():
+        source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
+        known.add(identity(source, variant.options["num_warps"]))
+    top, fine = (torch.empty(2, 256, *s, dtype=torch.bfloat16).to(memory_format=layout) for s in ((16, 32), (32, 64)))
+    for mode in ("nearest", "bilinear"):
+        upsample_add.upsample_add(top, fine, mode, 1.0)
+        upsample_add_backward.upsample_add_backward(fine, (16, 32), mode, 1.0)
+    merge_backward.merge_backward(fine, (16, 32), "nearest", 1.0)
+    lateral_connection.lateral_connection(
+        fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
+    )
+    assert len(launched) == 7
+    for compiled in launched:
+        # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
+        found = identity(compiled.src, compiled.metadata.num_warps)
+        renamed = tuple((n, "*fp32" if n == "partials" else t) for n, t in found[1])
+        assert (found[0], renamed, *found[2:]) in known
+
+
+def test_every_table_is_compiled() -> None:
+    """A tile added to a table cannot be left out here."""
+    for name, module in (
+        ("upsample_add-", upsample_add),
+        ("upsample_add_backward-", upsample_add_backward),
+        ("merge_backward-", upsample_add_backward),
+    ):
+        tiles = {(tile.rows, tile.columns) for tiles in module.TABLE.values() for tile in tiles}
+        described = [description for description in VARIANTS if description.startswith(name)]
+        assert len(described) >= sum(map(len, module.TABLE.values()))
+        for rows, columns in tiles:
+            assert any(f"-{rows}x{columns}-" in description for description in described)
+    for (arithmetic, _), tile in lateral_connection.TABLE.items():
+        ending = f"{arithmetic}-{tile.pixels}x{tile.channels}x{tile.depth}"
+        assert any(description.endswith(ending) for description in VARIANTS)
