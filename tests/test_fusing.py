@@ -377,6 +377,6 @@ def test_levels_of_two_dtypes_are_summed_as_eager_sums_them() -> None:
         for level in (0, 1):
             model.layer_blocks[level].float()
     x = maps(dtype=torch.bfloat16)
-    # On eager, which rounds where the twin does: a fused backend rounds bfloat16 sums once, and so not to the same bits.
+    # On eager, which rounds where the twin does: a fused backend rounds a bfloat16 sum once only.
     with torch.no_grad(), use_backend("eager"):
         assert_same(network(x), twin(x))
