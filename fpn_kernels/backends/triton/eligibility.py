@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -25,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 @functools.cache
 def _triton_version() -> str | None:
-    """Triton's version as its package metadata has it, or None where Triton is not installed."""
+    """Triton's version, from its package metadata where there is any; None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in _DISTRIBUTIONS:
@@ -33,7 +34,7 @@ def _triton_version() -> str | None:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return None
+    return str(importlib.import_module("triton").__version__)
 
 
 def _too_old(version: str) -> bool:
