@@ -60,7 +60,6 @@ _ALL = [
     Target("eager", "cpu", "eager-cpu"),
     Target("native", "cpu", "native-cpu"),
     Target("eager", "cuda", "eager-cuda"),
-    Target("native", "cuda", "native-cuda"),
     Target("triton", "cuda", "triton-cuda"),
 ]
 

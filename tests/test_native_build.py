@@ -13,6 +13,8 @@ import zipfile
 
 import pytest
 
+pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools >= 77")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "fpn_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
