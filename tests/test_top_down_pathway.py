@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import oracle
 import pytest
 import torch
@@ -113,3 +115,39 @@ def test_bad_options_are_named() -> None:
         fpn_kernels.top_down_pathway(*_inputs(), mode="cubic")
     with pytest.raises(TypeError, match="memory_format: expected a torch.memory_format"):
         fpn_kernels.top_down_pathway(*_inputs(), memory_format="nchw")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_the_default_compiler_trains_it_in_one_graph_with_symbolic_sizes(target: Target) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fpn_kernels.top_down_pathway, fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        features, weights, biases = _inputs(device=target.device)
+        features = [feature.repeat(batch, 1, 1, 1) for feature in features]
+        leaves = [tensor.requires_grad_() for tensor in (*features, *weights, *biases)]
+        with target.serves("lateral_connection", "merge_backward"):
+            merged = compiled(features, weights, biases)
+            ours = torch.autograd.grad(sum((m**2).sum() for m in merged), leaves)
+            expected = fpn_kernels.top_down_pathway(features, weights, biases)
+            theirs = torch.autograd.grad(sum((m**2).sum() for m in expected), leaves)
+        for result, twin in zip((*merged, *ours), (*expected, *theirs), strict=True):
+            assert oracle.error(result, twin.double().cpu()) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_captured_graph_replays_on_new_values(layout: str) -> None:
+    features, weights, biases = _inputs(torch.bfloat16, "cuda", layout)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        fpn_kernels.top_down_pathway(features, weights, biases)  # compiles; a capture must only launch
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        merged = fpn_kernels.top_down_pathway(features, weights, biases)
+    for feature in features:
+        feature.copy_(torch.randn_like(feature))
+    graph.replay()
+    for result, expected in zip(merged, fpn_kernels.top_down_pathway(features, weights, biases), strict=True):
+        assert torch.equal(result, expected)
