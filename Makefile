@@ -17,6 +17,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
+# A test that hangs ends after this many seconds, where pytest-timeout is installed.
+export PYTEST_TIMEOUT ?= 300
+
 # Test processes side by side, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
 
