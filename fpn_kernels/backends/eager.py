@@ -17,6 +17,11 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALVES else dtype
 
 
+def sum_per_channel(grad: Tensor, gain: float) -> Tensor:
+    """``gain * sum of grad[:, c]`` for each channel: the gradient of a bias, rounded once.  Differentiable."""
+    return (grad.sum((0, 2, 3), dtype=_sum_dtype(grad.dtype)) * gain).to(grad.dtype)
+
+
 def _interpolate_reads_the_same(top: Tensor, size: tuple[int, int], mode: str) -> bool:
     """Whether `F.interpolate` is sure to read the pixels that `resampling.source_index` names."""
     if top.device.type == "cuda":
@@ -133,8 +138,7 @@ def lateral_connection(
 
 
 def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
-    bias = grad.sum((0, 2, 3), dtype=_sum_dtype(grad.dtype))
-    return upsample_add_backward(grad, top_size, mode, gain), bias.mul_(gain).to(grad.dtype)
+    return upsample_add_backward(grad, top_size, mode, gain), sum_per_channel(grad, gain)
 
 
 def _serves_all(*arguments: object) -> None:

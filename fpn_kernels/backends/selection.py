@@ -150,7 +150,6 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named
             if not isinstance(name, str):
                 raise TypeError(f"name: expected a backend's name or None, got {type(name).__name__}")
             _named(name, "name")
-        self._name = name
         self._previous = _forced
         _forced = name
 

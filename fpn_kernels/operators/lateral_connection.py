@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.backends import selection
+from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import check_lateral_connection
@@ -61,11 +62,6 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
     ctx.weight_shape = weight.shape
 
 
-def _sum_per_channel(grad: Tensor, gain: float) -> Tensor:
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return (grad.sum((0, 2, 3), dtype=wide) * gain).to(grad.dtype)
-
-
 def _rows(tensor: Tensor) -> Tensor | None:
     """The map as a matrix [channels, pixels], where that is a view of it."""
     if tensor.is_contiguous(memory_format=torch.channels_last):
@@ -99,7 +95,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     elif wants_top:
         grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **options)
     elif wants_bias:
-        grad_bias = _sum_per_channel(grad, ctx.gain)
+        grad_bias = sum_per_channel(grad, ctx.gain)
     if wants_feature:
         # The adjoint of a 1x1 convolution is the 1x1 convolution with the transposed weight.
         adjoint = weight.flatten(1).t()
