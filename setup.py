@@ -4,9 +4,16 @@ The library knows no Python: it is written against the LibTorch stable ABI and l
 What cannot be built here (no torch, no compiler, no ninja) is left out, with the reason in the build's output, and
 the package works without it.
 
+The kernels for CUDA are built where there are nvcc and a torch with CUDA.  nvcc is all that they need: no GPU, and with
+FORCE_CUDA=1 not even that torch.
+
 Environment:
     CXX                    the compiler (default: the first of c++, g++, clang++)
     CXXFLAGS, LDFLAGS      added to its command lines
+    FORCE_CUDA             "1": kernels for CUDA with any torch; "0": without them
+    CUDA_HOME              where bin/nvcc is (default: nvcc on the PATH)
+    TORCH_CUDA_ARCH_LIST   the GPUs to build for, such as "8.0;9.0a;10.0+PTX"
+    NVCC_APPEND_FLAGS      added to its command lines by nvcc itself
     FPN_KERNELS_SANITIZE   "1": AddressSanitizer and UndefinedBehaviorSanitizer
     MAX_JOBS               how many compilers at once
 """
@@ -17,6 +24,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,6 +71,19 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS_BY_ENDING.update(_avx512=AVX512_FLAGS, _avx512bf16=[*AVX512_FLAGS, "-mavx512bf16"])
 
 
+# Sources for each GPU that is supported; the newest one also as PTX, which later GPUs compile for themselves.
+ARCHITECTURES = ("8.0", "9.0a", "10.0+PTX")
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    # As -ffp-contract=off above; the kernels wait for memory, not for arithmetic.
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "-DUSE_CUDA",
+]
+
+
 def torch_directory() -> pathlib.Path | None:
     """Where torch is installed, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -104,6 +125,70 @@ def left_out() -> str | None:
     return None
 
 
+def sanitizing() -> bool:
+    return os.environ.get("FPN_KERNELS_SANITIZE") == "1"
+
+
+def nvcc() -> str | None:
+    """The path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(pathlib.Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch here is a build with CUDA, without importing it."""
+    directory = torch_directory()
+    version = None if directory is None else directory / "version.py"
+    return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def cuda_left_out() -> str | None:
+    """Why the kernels for CUDA cannot be built here, or are not wanted; or None."""
+    wanted = os.environ.get("FORCE_CUDA")
+    if wanted == "0":
+        return "FORCE_CUDA=0"
+    if sanitizing():
+        return "the sanitizers are for the CPU"
+    if wanted != "1" and not torch_has_cuda():
+        return "this torch has no CUDA (FORCE_CUDA=1 builds them all the same)"
+    if nvcc() is None:
+        home = os.environ.get("CUDA_HOME")
+        return f"there is no nvcc in CUDA_HOME={home!r}" if home else "there is no nvcc"
+    try:
+        architectures()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def architectures() -> list[str]:
+    """The GPUs to build for: those of TORCH_CUDA_ARCH_LIST, or those supported that this nvcc knows.
+
+    Raises:
+        ValueError: there are none, or something in the list is not a compute capability.
+    """
+    named = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, \t"))
+    if any(named):
+        for name in named:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0a or 10.0+PTX, got {name!r}")
+        return named
+    tool = nvcc()
+    assert tool is not None
+    known = subprocess.run([tool, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    chosen = [name for name in ARCHITECTURES if f"sm_{name.replace('.', '').rstrip('a+PTX')}" in known]
+    if not chosen:
+        raise ValueError(f"this nvcc knows none of {', '.join(ARCHITECTURES)}")
+    return chosen
+
+
+def architecture_flag(name: str) -> str:
+    """nvcc's flag for one of them."""
+    number = name.replace(".", "").removesuffix("+PTX")
+    code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
+
+
 def report(message: str) -> None:
     print(f"fpn_kernels: {message}", file=sys.stderr, flush=True)
 
@@ -141,23 +226,44 @@ class NinjaFile:
             self.path.write_text(text)
 
 
-def write_ninja_file(directory: pathlib.Path, library: str) -> None:
-    """The build of csrc/ in a directory.  Kernels for CUDA (csrc/cuda/*.cu) will be a second rule here."""
+def command_line(arguments: list[str]) -> str:
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def for_nvcc(flag: str) -> str:
+    """A flag of the linking compiler as nvcc takes it."""
+    if flag.startswith("-Wl,"):
+        return f"-Xlinker={flag.removeprefix('-Wl,')}"
+    return flag if flag.startswith(("-L", "-l")) or not flag.startswith("-") else f"-Xcompiler={flag}"
+
+
+def add_cuda(build: NinjaFile, include: list[str]) -> list[str]:
+    """Adds the kernels for CUDA to a build; returns the command that links them."""
+    tool = nvcc()
+    assert tool is not None
+    host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
+    flags = [*host, *NVCC_FLAGS, *map(architecture_flag, architectures()), *include]
+    build.rule("nvcc", [command_line([tool, *flags]), "-MMD -MF $out.d -c $in -o $out"])
+    for source in sorted(CSRC.glob("cuda/*.cu")):
+        build.compile("nvcc", source, "", [])
+    # nvcc knows where its runtime is; linked statically, it is one library less that has to be found.
+    return [tool, *host, "-shared", "-cudart", "static"]
+
+
+def write_ninja_file(directory: pathlib.Path, library: str, *, cuda: bool = False) -> None:
+    """The build of csrc/ in a directory."""
     torch = torch_directory()
     cxx = compiler()
     assert torch is not None and cxx is not None
-    sanitize = SANITIZE_FLAGS if os.environ.get("FPN_KERNELS_SANITIZE") == "1" else []
-    flags = [*COMMON_FLAGS, *sanitize, "-isystem", str(torch / "include")]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    link = ["-shared", *sanitize, f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
-
-    def command(arguments: list[str]) -> str:
-        return shlex.join(arguments).replace("$", "$$")
+    sanitize = SANITIZE_FLAGS if sanitizing() else []
+    include = ["-isystem", str(torch / "include")]
+    flags = [*COMMON_FLAGS, *sanitize, *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     build = NinjaFile(directory)
-    build.rule("cxx", [command([*cxx, *flags]), "-MMD -MF $out.d $flags -c $in -o $out"])
-    build.rule("link", [command(cxx), "-o $out $in", command(link)], depfile=False)
-    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+    build.rule("cxx", [command_line([*cxx, *flags]), "-MMD -MF $out.d $flags -c $in -o $out"])
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cpp") if cuda else [])]
+    for source in sorted(sources):
         ending = next((ending for ending in FLAGS_BY_ENDING if source.stem.endswith(ending)), None)
         if source.stem.endswith("_kernel"):
             for level, level_flags in LEVELS.items():
@@ -166,6 +272,10 @@ def write_ninja_file(directory: pathlib.Path, library: str) -> None:
             build.compile("cxx", source, "", [])
         elif (own_flags := FLAGS_BY_ENDING[ending]) is not None:
             build.compile("cxx", source, "", own_flags)
+    linker = add_cuda(build, include) if cuda else [*cxx, "-shared", *sanitize]
+    if cuda:
+        libraries = [for_nvcc(flag) for flag in libraries]
+    build.rule("link", [command_line(linker), "-o $out $in", command_line(libraries)], depfile=False)
     build.link(library)
     build.write()
 
@@ -178,26 +288,40 @@ class BuildNative(build_ext):
         return str(pathlib.Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
-        directory = pathlib.Path(self.build_temp, "native").resolve()
-        directory.mkdir(parents=True, exist_ok=True)
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
-        write_ninja_file(directory, "_native.so")
-        command = [*(ninja() or []), "-C", str(directory), "--quiet"]
-        if os.environ.get("MAX_JOBS"):
-            command += ["-j", os.environ["MAX_JOBS"]]
-        if subprocess.run(command).returncode != 0:
+        without_cuda = cuda_left_out()
+        built = self._run_ninja(cuda=True) if without_cuda is None else None
+        if built is None and without_cuda is None:
+            without_cuda = "their build failed (see above)"
+        if built is None:
+            built = self._run_ninja(cuda=False)
+        if built is None:
             # A library of an earlier build would not be the one of these sources.
             target.unlink(missing_ok=True)
             report("left out the compiled library: its build failed (see above)")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = directory / "_native.so"
         if not target.is_file() or target.read_bytes() != built.read_bytes():
             # A new file under the old name: a process that has the old one loaded keeps it.
             temporary = target.with_suffix(f".{os.getpid()}")
             shutil.copyfile(built, temporary)
             temporary.replace(target)
-        report(f"built the compiled library for the CPU ({', '.join(LEVELS)})")
+        kinds = f"the CPU ({', '.join(LEVELS)})"
+        if without_cuda is None:
+            report(f"built the compiled library for {kinds} and CUDA ({', '.join(architectures())})")
+        else:
+            report(f"built the compiled library for {kinds}")
+            report(f"left out the kernels for CUDA: {without_cuda}")
+
+    def _run_ninja(self, *, cuda: bool) -> pathlib.Path | None:
+        """The library as ninja built it, or None."""
+        directory = pathlib.Path(self.build_temp, "native_cuda" if cuda else "native").resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        write_ninja_file(directory, "_native.so", cuda=cuda)
+        command = [*(ninja() or []), "-C", str(directory), "--quiet"]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        return directory / "_native.so" if subprocess.run(command).returncode == 0 else None
 
 
 class Wheel(bdist_wheel):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from samples import Sizes
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import native, selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,22 @@ class Target:
     backend: str
     device: str
     label: str
+    # The operators that it has, where it has not all of them.
+    operators: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.label
 
     def unavailable(self) -> str | None:
         """Why this machine does not have the backend, or None."""
-        return {backend.name: backend for backend in selection.backends()}[self.backend].unavailable()
+        reason = {backend.name: backend for backend in selection.backends()}[self.backend].unavailable()
+        if reason is None and (self.backend, self.device) == ("native", "cuda"):
+            return native.cuda_refusal(torch.cuda.current_device())
+        return reason
+
+    def has(self, operator: str | None) -> bool:
+        """Whether it computes an operator, or, asked for None, all of them."""
+        return not self.operators or operator in self.operators
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes that the backend computes."""
@@ -59,6 +68,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ALL = [
     Target("eager", "cpu", "eager-cpu"),
     Target("native", "cpu", "native-cpu"),
+    Target("native", "cuda", "native-cuda", ("upsample_add", "upsample_add_backward")),
     Target("eager", "cuda", "eager-cuda"),
     Target("triton", "cuda", "triton-cuda"),
 ]
@@ -68,14 +78,16 @@ def _here(target: Target) -> bool:
     return (target.device == "cpu" or torch.cuda.is_available()) and target.unavailable() is None
 
 
-def parameters() -> list[object]:
-    """The targets that this machine has; without a GPU, one more that shows as skipped what a GPU would add.
+def parameters(operator: str | None = None, device: str | None = None) -> list[object]:
+    """The targets that this machine has: those of one operator or of all, on one device or on any.
+
+    Without a GPU there is one more, which shows as skipped what a GPU would add.
 
     Under TRITON_INTERPRET=1, the interpreter alone: the other targets have their run without it.
     """
     if INTERPRETED:
         return [pytest.param(Target("triton", "cpu", "triton-interpreter"), marks=pytest.mark.interpreter)]
-    chosen = [target for target in _ALL if _here(target)]
+    chosen = [target for target in _ALL if target.has(operator) and device in (None, target.device) and _here(target)]
     if not torch.cuda.is_available():
         chosen.append(_ALL[-1])
     gpu = pytest.mark.gpu

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import types
 import zipfile
 
 import pytest
+from building import ROOT, setup_module
 
-pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools >= 77")
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "fpn_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-
-
-def _setup_module() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_under_test", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -45,7 +33,8 @@ def _setup(tree: pathlib.Path, *arguments: str, **environment: str) -> subproces
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=tree,
-        env={**os.environ, **environment},
+        # The kernels for CUDA have tests of their own: they take longer than all the rest.
+        env={**os.environ, "FORCE_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         timeout=280,
@@ -57,7 +46,7 @@ def _build(tree: pathlib.Path, **environment: str) -> subprocess.CompletedProces
 
 
 needs_tools = pytest.mark.skipif(
-    _setup_module().left_out() is not None, reason=f"cannot build here: {_setup_module().left_out()}"
+    setup_module().left_out() is not None, reason=f"cannot build here: {setup_module().left_out()}"
 )
 
 
@@ -128,10 +117,101 @@ def test_without_a_compiler_the_package_is_pure(environment: dict[str, str], rea
     [("torch_directory", "torch is not importable while building"), ("ninja", "there is no ninja")],
 )
 def test_what_else_is_missing_is_named(missing: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = _setup_module()
+    module = setup_module()
     for name in ("torch_directory", "compiler", "ninja"):
         monkeypatch.setattr(module, name, lambda name=name: None if name == missing else ["present"])
     monkeypatch.setattr(sys, "platform", "linux")
     assert module.left_out() is not None and reason in module.left_out()
     monkeypatch.setattr(sys, "platform", "win32")
     assert "on Linux only" in module.left_out()
+
+
+def _left_out_of_cuda(**environment: str) -> str:
+    """What setup.py says of the kernels for CUDA under an environment, asked in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import setup; print(setup.cuda_left_out())"],
+        cwd=ROOT,
+        env={**os.environ, "FORCE_CUDA": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return run.stdout + run.stderr
+
+
+def test_kernels_for_cuda_that_are_left_out_are_named(tmp_path: pathlib.Path) -> None:
+    assert "FORCE_CUDA=0" in _left_out_of_cuda(FORCE_CUDA="0")
+    assert "the sanitizers are for the CPU" in _left_out_of_cuda(FPN_KERNELS_SANITIZE="1")
+    assert f"there is no nvcc in CUDA_HOME='{tmp_path}'" in _left_out_of_cuda(CUDA_HOME=str(tmp_path))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho sm_50\n")
+    nvcc.chmod(0o755)
+    assert "this nvcc knows none of 8.0, 9.0a" in _left_out_of_cuda(CUDA_HOME=str(tmp_path))
+    answer = _left_out_of_cuda(CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="8.0;Hopper")
+    assert "TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0a or 10.0+PTX, got 'Hopper'" in answer
+    assert "None" in _left_out_of_cuda(CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="8.6 9.0a+PTX")
+
+
+def test_a_torch_without_cuda_gets_no_kernels_unless_forced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = setup_module()
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    monkeypatch.delenv("FPN_KERNELS_SANITIZE", raising=False)
+    monkeypatch.setattr(module, "torch_directory", lambda: tmp_path)
+    monkeypatch.setattr(module, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(module, "architectures", lambda: ["8.0"])
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = None\n")
+    assert "this torch has no CUDA" in module.cuda_left_out()
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert module.cuda_left_out() is None
+    monkeypatch.delenv("FORCE_CUDA")
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    assert module.cuda_left_out() is None
+
+
+@needs_tools
+def test_a_build_whose_kernels_for_cuda_fail_goes_on_without_them(tree: pathlib.Path) -> None:
+    tools = tree / "cuda" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "nvcc").write_text("#!/bin/sh\necho nvcc is broken on purpose >&2\nexit 1\n")
+    (tools / "nvcc").chmod(0o755)
+    run = _build(
+        tree, FORCE_CUDA="1", CUDA_HOME=str(tools.parent), TORCH_CUDA_ARCH_LIST="9.0a", CXXFLAGS="-O0", MAX_JOBS="2"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "broken on purpose" in run.stdout + run.stderr
+    assert "left out the kernels for CUDA: their build failed" in run.stderr
+    assert (tree / "lib" / "fpn_kernels" / "_native.so").is_file()
+
+
+@needs_tools
+@pytest.mark.skipif(setup_module().nvcc() is None, reason="there is no nvcc")
+def test_one_library_for_the_cpu_and_cuda_loads_under_any_torch(tree: pathlib.Path) -> None:
+    """Under the CPU build of torch, too: nothing of a CUDA library is linked."""
+    run = _build(tree, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0", CXXFLAGS="-O0", NVCC_APPEND_FLAGS="-O0")
+    assert run.returncode == 0, run.stderr
+    assert "and CUDA (8.0)" in run.stderr
+    library = tree / "lib" / "fpn_kernels" / "_native.so"
+    code = (
+        "import torch, fpn_kernels\n"
+        "with fpn_kernels.use_backend('native'):\n"
+        "    print(fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6)).sum().item())\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('fpn_kernels_native::upsample_add', 'CUDA'))\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('fpn_kernels_native::upsample_add_backward', 'CUDA'))\n"
+        "print(torch.ops.fpn_kernels_native.cuda_refusal(99))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "FPN_KERNELS_LIBRARY": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = run.stdout.splitlines()
+    assert lines[:3] == ["144.0", "True", "True"], run.stderr
+    assert lines[3], "a device that is not there is refused, with the driver's own words"
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
+    assert "libtorch_cpu" in needed and "cuda" not in needed

@@ -6,15 +6,14 @@ tensor cores and that dense maps are moved sixteen bytes at a time.
 
 from __future__ import annotations
 
-import functools
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from machine_code import dump
 from targets import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -45,24 +44,11 @@ CHIPS = {
 RESERVED = 1024
 
 
-@functools.cache
-def _cuobjdump() -> str:
-    try:
-        path = triton.knobs.nvidia.cuobjdump.path
-    except RuntimeError as error:  # what Triton raises where a tool is missing
-        pytest.skip(f"Triton came without cuobjdump: {error}")
-    return str(path)
-
-
-def _dump(option: str, cubin: Path) -> str:
-    return subprocess.run([_cuobjdump(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
-
-
 def _machine_code(compiled: Any, capability: int, directory: Path) -> str:
     """The instructions of a compiled kernel, after the checks that hold for every one."""
     cubin = directory / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage, code = _dump("-res-usage", cubin), _dump("--dump-sass", cubin)
+    usage, code = dump("-res-usage", cubin), dump("--dump-sass", cubin)
     assert re.search(r"\bSTACK:0 .*\bLOCAL:0\b", usage), usage
     assert not re.findall(r"\b(?:LDL|STL)\b", code), f"spills: {usage}"
     assert compiled.metadata.shared + RESERVED <= CHIPS[capability][0]

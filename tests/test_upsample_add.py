@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from samples import LAYOUTS, MERGES, Sizes, random_map
-from targets import Target
+from targets import Target, parameters
 from torch.library import opcheck
 
 import fpn_kernels
@@ -16,6 +16,13 @@ from fpn_kernels import reference, resampling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = list(resampling.MODES)
+
+
+@pytest.fixture(params=parameters("upsample_add"), ids=str)
+def target(request: pytest.FixtureRequest) -> Target:
+    """A backend that has this operator and its backward, on a device."""
+    chosen: Target = request.param
+    return chosen
 
 
 def _pair(

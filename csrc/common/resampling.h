@@ -1,7 +1,8 @@
 // Source indices of torch.nn.functional.interpolate: the arithmetic of fpn_kernels/resampling.py, bit for bit.
 //
-// Everything here is one float32 operation after another, so that no compiler may fuse two of them, and compiles
-// for the host and for the device alike.
+// Everything here is one float32 operation after another, so that no compiler may fuse two of them (the build says
+// so: -ffp-contract=off, -fmad=false), and compiles for the host and for the device alike.  Index is int64_t, or
+// int32_t where an axis is known to be short: the device converts those at a fraction of the cost.
 #pragma once
 
 #include <cmath>
@@ -25,27 +26,65 @@ FPN_HOST_DEVICE Real resize_scale(int64_t in_size, int64_t out_size) {
 }
 
 // The pixel that a destination pixel reads in the nearest modes; shift is 0, or 0.5 for nearest-exact.
-FPN_HOST_DEVICE int64_t nearest_source(int64_t destination, float scale, float shift, int64_t in_size) {
+template <class Index>
+FPN_HOST_DEVICE Index nearest_source(Index destination, float scale, float shift, Index in_size) {
   const float position = (static_cast<float>(destination) + shift) * scale;
-  const int64_t source = static_cast<int64_t>(floorf(position));
+  const Index source = static_cast<Index>(floorf(position));
   return source < in_size ? source : in_size - 1;
 }
 
 // The two pixels that a destination pixel reads in the bilinear mode (align_corners=False).
-template <class Real>
+template <class Real, class Index = int64_t>
 struct BilinearSource {
-  int64_t lower;
-  int64_t upper;
+  Index lower;
+  Index upper;
   Real weight;  // of the upper pixel; the lower one has 1 - weight
 };
 
-template <class Real>
-FPN_HOST_DEVICE BilinearSource<Real> bilinear_source(int64_t destination, Real scale, int64_t in_size) {
+template <class Real, class Index>
+FPN_HOST_DEVICE BilinearSource<Real, Index> bilinear_source(Index destination, Real scale, Index in_size) {
   Real position = scale * (static_cast<Real>(destination) + Real(0.5)) - Real(0.5);
   position = position > Real(0) ? position : Real(0);
-  int64_t lower = static_cast<int64_t>(position);
+  Index lower = static_cast<Index>(position);
   lower = lower < in_size ? lower : in_size - 1;
   return {lower, lower + (lower < in_size - 1 ? 1 : 0), position - static_cast<Real>(lower)};
+}
+
+// The first destination pixel whose source, a non-decreasing function of it, is `source` or beyond; out_size where
+// there is none.  The guess may be anywhere: the forward's own function decides, so that the ranges which the adjoint
+// gathers are the forward's at every pair of sizes.
+template <class Index, class Source>
+FPN_HOST_DEVICE Index first_reader(Index source, Index guess, Index in_size, Index out_size, Source source_of) {
+  if (source <= 0) return 0;
+  if (source >= in_size) return out_size;
+  Index first = guess < 0 ? 0 : guess < out_size ? guess : out_size;
+  while (first > 0 && source_of(first - 1) >= source) --first;
+  while (first < out_size && source_of(first) < source) ++first;
+  return first;
+}
+
+// A position as a guess for first_reader: what no Index holds is cut off.
+template <class Index, class Real>
+FPN_HOST_DEVICE Index guessed(Real position, Index out_size) {
+  return position < static_cast<Real>(out_size) ? static_cast<Index>(position) : out_size;
+}
+
+template <class Index>
+FPN_HOST_DEVICE Index nearest_begin(Index source, float scale, float shift, Index in_size, Index out_size) {
+  const Index guess = guessed(ceilf(static_cast<float>(source) / scale - shift), out_size);
+  return first_reader(source, guess, in_size, out_size, [=](Index destination) {
+    return nearest_source(destination, scale, shift, in_size);
+  });
+}
+
+// The same for the lower of the two pixels of the bilinear mode.  Those that read pixel s at all are
+// bilinear_begin(s - 1) up to bilinear_begin(s + 1): their lower pixel is s - 1 or s.
+template <class Real, class Index>
+FPN_HOST_DEVICE Index bilinear_begin(Index source, Real scale, Index in_size, Index out_size) {
+  const Real position = (static_cast<Real>(source) + Real(0.5)) / scale - Real(0.5);
+  return first_reader(source, guessed(ceil(position), out_size), in_size, out_size, [=](Index destination) {
+    return bilinear_source<Real>(destination, scale, in_size).lower;
+  });
 }
 
 }  // namespace fpn

@@ -6,22 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/maps.h"
+
 namespace fpn::cpu {
 
-enum class Dtype : int32_t { float16, bfloat16, float32, float64 };
-
-// A map [N, C, H, W] in any layout; strides in elements.
-struct Map {
-  const void* data;
-  int64_t height, width;
-  int64_t stride_n, stride_c, stride_y, stride_x;
-};
-
-// A dense result; stride_x is 1 (NCHW) or stride_c is 1 (NHWC).
-struct Result {
-  void* data;
-  int64_t stride_n, stride_c, stride_y, stride_x;
-};
+using fpn::Dtype;
+using fpn::Map;
+using fpn::Result;
 
 // The pixels that each fine pixel reads along one axis.
 struct ForwardAxis {

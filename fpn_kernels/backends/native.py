@@ -122,15 +122,34 @@ def lateral_connection(
     return out
 
 
+@functools.cache
+def cuda_refusal(device: int) -> str | None:
+    """Why the library's kernels cannot run on a GPU, or None."""
+    question = getattr(torch.ops.fpn_kernels_native, "cuda_refusal", None)
+    if question is None:
+        return "was built without kernels for CUDA"
+    reason: str = question.default(device)
+    return f"its kernels cannot run on cuda:{device}: {reason}" if reason else None
+
+
 def _refusal(tensor: Tensor, *_: object) -> str | None:
+    """What the CPU and CUDA have in common."""
+    if tensor.device.type == "cuda":
+        return cuda_refusal(tensor.device.index)
     if tensor.device.type != "cpu":
-        return f"was built for the CPU, got a tensor on {tensor.device}"
+        return f"was built for the CPU and CUDA, got a tensor on {tensor.device}"
+    return None
+
+
+def _refusal_but_on_the_cpu(tensor: Tensor, *_: object) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"has it for the CPU alone, got a tensor on {tensor.device}"
     return None
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {
-    run.__name__: Implementation(run, _refusal)
-    for run in (upsample_add, upsample_add_backward, lateral_connection, merge_backward)
+    **{run.__name__: Implementation(run, _refusal) for run in (upsample_add, upsample_add_backward)},
+    **{run.__name__: Implementation(run, _refusal_but_on_the_cpu) for run in (lateral_connection, merge_backward)},
 }
 
 BACKEND = Backend(name="native", unavailable=load_error, implementations=_IMPLEMENTATIONS)

@@ -1,0 +1,19 @@
+// The operators of the compiled library on CUDA, and whether a device can run them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+
+namespace fpn::cuda {
+
+using torch::stable::Tensor;
+
+void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double gain, Tensor out);
+void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top);
+
+// Why a device cannot run the kernels compiled here (another architecture, too old a driver), or "".
+std::string refusal(int64_t device);
+
+}  // namespace fpn::cuda
