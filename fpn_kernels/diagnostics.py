@@ -78,7 +78,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, .
         "upsample_add": (top, fine),
         "upsample_add_backward": (fine, (2, 2)),
         "lateral_connection": (fine, weight, None, top),
-        "merge_backward": (fine, (2, 2)),
+        "merge_backward": (fine, (2, 2), None),
     }
 
 

@@ -152,44 +152,11 @@ def output_conv(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return F.conv2d(feature, weight, bias, padding=1)
 
 
-def _require_levels(name: str, values: object) -> None:
+def _require_levels(name: str, values: object, *, optional: bool = False) -> None:
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(values).__name__}")
-
-
-def _check_pathway(
-    features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
-) -> None:
-    """Checks every level before the first is computed, with the level in the argument's name."""
-    _require_levels("features", features)
-    _require_levels("weights", weights)
-    if len(features) == 0:
-        raise ValueError("features: expected at least one map, got none")
-    if len(weights) != len(features):
-        raise ValueError(f"weights: expected one a level, {len(features)}, got {len(weights)}")
-    if biases is not None:
-        _require_levels("biases", biases)
-        if len(biases) != len(features):
-            raise ValueError(f"biases: expected one a level, {len(features)}, got {len(biases)}")
-    for level, (feature, weight) in enumerate(zip(features, weights, strict=True)):
-        bias = None if biases is None else biases[level]
-        _require_tensor(f"features[{level}]", feature)
-        _require_tensor(f"weights[{level}]", weight)
-        _require_tensor(f"biases[{level}]", bias, optional=True)
-        mixed = torch.is_autocast_enabled(feature.device.type)
-        checks.check_pointwise(
-            f"features[{level}]", feature, f"weights[{level}]", weight, f"biases[{level}]", bias, dtype=not mixed
-        )
-        checks.check_alike(f"features[{level}]", feature, "features[0]", features[0], dtype=not mixed)
-        if feature.shape[0] != features[0].shape[0]:
-            raise ValueError(
-                f"features[{level}]: expected the batch of features[0], {features[0].shape[0]}, got {feature.shape[0]}"
-            )
-        if weight.shape[0] != weights[0].shape[0]:
-            raise ValueError(
-                f"weights[{level}]: expected the output channels of weights[0], {weights[0].shape[0]}, "
-                f"got {weight.shape[0]}"
-            )
+    for level, value in enumerate(values):
+        _require_tensor(f"{name}[{level}]", value, optional=optional)
 
 
 def top_down_pathway(
@@ -223,18 +190,20 @@ def top_down_pathway(
     """
     _require_options(mode, gain)
     _require_memory_format(memory_format)
-    _check_pathway(features, weights, biases)
-    merged: list[Tensor] = []
-    top: Tensor | None = None
-    for level in reversed(range(len(features))):
-        top = lateral_connection(
-            features[level],
-            weights[level],
-            None if biases is None else biases[level],
-            top,
-            mode=mode,
-            gain=gain,
-            memory_format=memory_format,
-        )
-        merged.append(top)
-    return tuple(reversed(merged))
+    _require_levels("features", features)
+    _require_levels("weights", weights)
+    if biases is not None:
+        _require_levels("biases", biases, optional=True)
+    if biases is not None and len(biases) != len(features):
+        raise ValueError(f"biases: expected one a level, {len(features)}, got {len(biases)}")
+    present = [(level, bias) for level, bias in enumerate(biases or ()) if bias is not None]
+    merged: list[Tensor] = torch.ops.fpn_kernels.top_down_pathway(
+        list(features),
+        list(weights),
+        [bias for _, bias in present],
+        [level for level, _ in present],
+        mode=mode,
+        gain=float(gain),
+        memory_format=memory_format,
+    )
+    return tuple(merged)

@@ -183,6 +183,7 @@ def test_the_operators_appear_once() -> None:
         "upsample_add_backward",
         "lateral_connection",
         "merge_backward",
+        "top_down_pathway",
     }
 
 

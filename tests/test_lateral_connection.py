@@ -248,7 +248,7 @@ def test_opcheck(layout: str, requires_grad: bool, has_top: bool, target: Target
                 rtol=1e-4,
                 atol=1e-5,
             )
-        opcheck(operators.merge_backward.default, (top, (2, 3)), {"gain": 0.5}, rtol=1e-4, atol=1e-5)
+        opcheck(operators.merge_backward.default, (top, (2, 3), None), {"gain": 0.5}, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_batch(target: Target) -> None:

@@ -57,7 +57,7 @@ def test_vector_and_scalar_paths_agree_bit_for_bit(
             lambda top=top, lateral=lateral, sizes=sizes: (  # type: ignore[misc]
                 native.upsample_add(top, lateral, mode, 0.7),
                 native.upsample_add_backward(lateral, sizes.top, mode, 0.7),
-                *native.merge_backward(lateral, sizes.top, mode, 0.7),
+                *native.merge_backward(lateral, sizes.top, None, mode, 0.7),
             ),
         )
 
@@ -115,7 +115,7 @@ def test_the_number_of_threads_does_not_show(mode: str, layout: str) -> None:
             with fpn_kernels.use_backend("native"):
                 merged = native.upsample_add(top, grad, mode, 1.0)
                 connected = fpn_kernels.lateral_connection(feature, weight, None, top, mode=mode)
-            results.append((*native.merge_backward(grad, (38, 57), mode, 1.0), merged, connected))
+            results.append((*native.merge_backward(grad, (38, 57), None, mode, 1.0), merged, connected))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import oracle
 import pytest
@@ -10,6 +11,8 @@ import torch
 from samples import random_map
 from targets import Target
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpn_kernels
 from fpn_kernels import reference
@@ -62,6 +65,139 @@ def test_every_result_has_the_asked_layout(layout: str, target: Target) -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             for merged in fpn_kernels.top_down_pathway(features, weights, biases, memory_format=memory_format):
                 assert merged.is_contiguous(memory_format=memory_format)
+
+
+def _leaves(*groups: list[Tensor]) -> list[Tensor]:
+    return [tensor.requires_grad_() for group in groups for tensor in group]
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_merged_gradient_is_summed_where_it_is_gathered() -> None:
+    """Autograd itself has nothing left to add up: each level's own gradient goes into the gather."""
+    features, weights, biases = _inputs()
+    leaves = _leaves(features, weights, biases)
+    merged = fpn_kernels.top_down_pathway(features, weights, biases)
+    grads = [torch.randn_like(level) for level in merged]
+    with _Operations() as operations, fpn_kernels.use_backend("eager"):
+        torch.autograd.grad(merged, leaves, grads)
+    assert operations.names.count("fpn_kernels::merge_backward") == len(features) - 1
+    assert not [name for name in operations.names if name.startswith("aten::add")]
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (3,), (0, 2), (1, 2, 3)], ids=str)
+def test_a_level_that_nobody_uses_has_no_gradient_of_its_own(used: tuple[int, ...], target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device)
+    leaves = _leaves(features, weights, biases)
+    with fpn_kernels.use_backend(target.backend):
+        merged = fpn_kernels.top_down_pathway(features, weights, biases, gain=0.5)
+        ours = torch.autograd.grad(sum((merged[level] ** 2).sum() for level in used), leaves, allow_unused=True)
+    expected = reference.top_down_pathway(features, weights, biases, gain=0.5)
+    theirs = torch.autograd.grad(sum((expected[level] ** 2).sum() for level in used), leaves, allow_unused=True)
+    for result, twin in zip(ours, theirs, strict=True):
+        assert (result is None) == (twin is None)
+        if result is not None:
+            assert oracle.error(result, twin.double().cpu()) <= 1e-5
+
+
+@pytest.mark.parametrize("wanted", ["features[3]", "weights[2]", "biases[0]", "biases[3]", "features[0]"])
+def test_one_gradient_alone(wanted: str, target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device)
+    groups = {"features": features, "weights": weights, "biases": biases}
+    name, level = wanted.rstrip("]").split("[")
+    leaf = groups[name][int(level)].requires_grad_()
+    with fpn_kernels.use_backend(target.backend):
+        (ours,) = torch.autograd.grad(sum((m**2).sum() for m in fpn_kernels.top_down_pathway(**groups)), leaf)
+    (theirs,) = torch.autograd.grad(sum((m**2).sum() for m in reference.top_down_pathway(**groups)), leaf)
+    assert oracle.error(ours, theirs.double().cpu()) <= 1e-5
+
+
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_first_and_second_derivatives(has_biases: bool) -> None:
+    sizes, channels = [(5, 7), (3, 4), (2, 2)], [3, 2, 1]
+    features = [random_map((1, c, *s), torch.float64) for c, s in zip(channels, sizes, strict=True)]
+    weights = [random_map((2, c, 1, 1), torch.float64) for c in channels]
+    biases = [torch.randn(2, dtype=torch.float64) for _ in channels] if has_biases else []
+    leaves = _leaves(features, weights, biases)
+
+    def pathway(*flat: Tensor) -> tuple[Tensor, ...]:
+        return fpn_kernels.top_down_pathway(flat[:3], flat[3:6], flat[6:] or None, mode="bilinear", gain=0.7)
+
+    assert torch.autograd.gradcheck(pathway, leaves)
+    assert torch.autograd.gradgradcheck(pathway, leaves)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_opcheck(layout: str, target: Target) -> None:
+    features, weights, biases = _inputs(device=target.device, layout=layout)
+    some = [biases[0], biases[2]]
+    _leaves(features, weights, some)
+    with fpn_kernels.use_backend(target.backend):
+        opcheck(
+            torch.ops.fpn_kernels.top_down_pathway.default,
+            (features, weights, some, [0, 2]),
+            {"gain": 0.5},
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_autocast_casts_every_level() -> None:
+    features, weights, biases = _inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = fpn_kernels.top_down_pathway([features[0].bfloat16(), *features[1:]], weights, biases)
+    halves = [[tensor.bfloat16() for tensor in group] for group in (features, weights, biases)]
+    for ours, expected in zip(merged, fpn_kernels.top_down_pathway(*halves), strict=True):
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "expanded", "misaligned"])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_gradient_with_one_of_its_own(dtype: torch.dtype, mode: str, layout: str, target: Target) -> None:
+    target.require(dtype)
+    for top_size, size in (((4, 8), (8, 16)), ((5, 3), (9, 7)), ((1, 2), (7, 9))):
+        grad = random_map((2, 16, *size), dtype, target.device)
+        own = random_map((2, 16, *top_size), dtype, target.device, layout)
+        with target.serves("merge_backward"):
+            grad_top, grad_bias = torch.ops.fpn_kernels.merge_backward(grad, top_size, own, mode=mode, gain=0.7)
+            without, same_bias = torch.ops.fpn_kernels.merge_backward(grad, top_size, None, mode=mode, gain=0.7)
+        # A sum of 16-bit numbers may be rounded before its own gradient is added, and after.
+        torch.testing.assert_close(grad_top.float(), without.float() + own.float(), rtol=2e-2, atol=2e-2)
+        if dtype == torch.float32:
+            torch.testing.assert_close(grad_top, without + own, rtol=1e-6, atol=1e-5)
+        assert torch.equal(grad_bias, same_bias) and grad_top.stride() == without.stride()
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        (torch.ones(1, 2, 3, 3), ValueError, r"own: expected the shape \[1, 2, 2, 2\], got \[1, 2, 3, 3\]"),
+        (torch.ones(1, 2, 2, 2, dtype=torch.float64), TypeError, "own: expected the dtype of grad"),
+        (torch.ones(2, 2), ValueError, "own: expected 4 dimensions"),
+    ],
+    ids=["shape", "dtype", "rank"],
+)
+def test_a_bad_own_gradient_is_named(own: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        torch.ops.fpn_kernels.merge_backward(torch.ones(1, 2, 4, 4), (2, 2), own)
+
+
+@pytest.mark.parametrize("levels", [[0], [0, 4], [-1, 0]], ids=str)
+def test_bad_levels_of_the_biases_are_named(levels: list[int]) -> None:
+    features, weights, biases = _inputs()
+    with pytest.raises(ValueError, match="bias_levels: expected"):
+        torch.ops.fpn_kernels.top_down_pathway(features, weights, biases[:2], levels)
 
 
 def test_one_level_is_the_convolution_alone() -> None:

@@ -112,7 +112,7 @@ def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels
     for mode in resampling.MODES:
         upsample_add.upsample_add(top, lateral, mode, 0.5)
         upsample_add_backward.upsample_add_backward(lateral, top_size, mode, 0.5)
-        merge_backward.merge_backward(lateral, top_size, mode, 0.5)
+        merge_backward.merge_backward(lateral, top_size, None, mode, 0.5)
         lateral_connection.lateral_connection(lateral, weight, weight[0], top, mode, 0.5, None)
     lateral_connection.lateral_connection(lateral, weight.t(), None, None, "nearest", 1.0, None)
 
@@ -154,7 +154,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     for mode in ("nearest", "bilinear"):
         upsample_add.upsample_add(top, fine, mode, 1.0)
         upsample_add_backward.upsample_add_backward(fine, (16, 32), mode, 1.0)
-    merge_backward.merge_backward(fine, (16, 32), "nearest", 1.0)
+    merge_backward.merge_backward(fine, (16, 32), None, "nearest", 1.0)
     lateral_connection.lateral_connection(
         fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
     )

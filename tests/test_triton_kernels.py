@@ -110,11 +110,14 @@ def test_every_tile_of_the_gathers(key: tuple[str, int, int], tile: Any, monkeyp
         plan = upsample_add_backward.plan(grad, out, mode, bias=True)
         assert (plan.walk, plan.window) == (walk, window)
         partials = torch.full((plan.partials, 5), float("nan"))
-        upsample_add_backward.launch(plan, grad, out, partials, mode, 0.7)
+        # In turn without and with a gradient of its own.
+        own = random_map(out.shape, dtype, layout=_layout_of(walk)) if layout == "nhwc" else None
+        upsample_add_backward.launch(plan, grad, out, own, partials, mode, 0.7)
         rows, columns = (oracle.resize_matrix(a, b, mode) for a, b in zip(top_size, size, strict=True))
         exact = torch.einsum("yh,ncyx,xw->nchw", rows, grad.double(), columns)
         terms = torch.einsum("yh,ncyx,xw->nchw", rows, grad.double().abs(), columns)
-        _close(out, 0.7 * exact, terms * max(size))
+        rest = torch.zeros(()) if own is None else own.double()
+        _close(out, 0.7 * exact + rest, terms * max(size) + rest.abs())
         # The partial sums are unscaled, every one of them is written, and together they miss nothing.
         _close(partials.double().sum(0).float(), grad.double().sum((0, 2, 3)), grad.double().abs().sum((0, 2, 3)))
 
@@ -156,7 +159,7 @@ def _all_results(layout: str) -> list[torch.Tensor]:
             upsample_add.upsample_add(top, uneven, mode, 1.0),
         ]
         for grad, size in ((lateral, (4, 3)), (uneven, (4, 3)), (uneven, (1, 1))):
-            results += [*merge_backward.merge_backward(grad, size, mode, 0.5)]
+            results += [*merge_backward.merge_backward(grad, size, None, mode, 0.5)]
     return results
 
 
@@ -222,7 +225,7 @@ def test_longest_window_is_exact(mode: str) -> None:
 def test_the_backward_repeats_bit_for_bit(layout: str) -> None:
     grad = random_map((2, 6, 20, 18), torch.float32, layout=layout)
     for mode, size in itertools.product(resampling.MODES, [(10, 9), (7, 8), (2, 1)]):
-        first, second = (merge_backward.merge_backward(grad, size, mode, 0.3) for _ in range(2))
+        first, second = (merge_backward.merge_backward(grad, size, None, mode, 0.3) for _ in range(2))
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 

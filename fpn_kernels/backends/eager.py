@@ -137,8 +137,11 @@ def lateral_connection(
     return _merge(top, lateral, mode, gain, lateral if in_place else allocate(lateral.shape, lateral, out_format))
 
 
-def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
-    return upsample_add_backward(grad, top_size, mode, gain), sum_per_channel(grad, gain)
+def merge_backward(
+    grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
+) -> tuple[Tensor, Tensor]:
+    grad_top = upsample_add_backward(grad, top_size, mode, gain)
+    return grad_top if own is None else grad_top.add_(own), sum_per_channel(grad, gain)
 
 
 def _serves_all(*arguments: object) -> None:

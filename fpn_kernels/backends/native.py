@@ -53,12 +53,14 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
     return grad_top
 
 
-def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
+def merge_backward(
+    grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
+) -> tuple[Tensor, Tensor]:
     grad_top = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
     # The library adds up in float64; rounded here, once.
     grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
     torch.ops.fpn_kernels_native.merge_backward.default(grad, _MODE_NUMBERS[mode], gain, grad_top, grad_bias)
-    return grad_top, grad_bias.to(grad.dtype)
+    return grad_top if own is None else grad_top.add_(own), grad_bias.to(grad.dtype)
 
 
 def _accumulate(

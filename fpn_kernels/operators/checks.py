@@ -64,11 +64,18 @@ def check_upsample_add(top: Tensor, lateral: Tensor, mode: str) -> None:
         )
 
 
-def check_adjoint(grad: Tensor, top_size: Sequence[int], mode: str) -> None:
+def check_adjoint(grad: Tensor, top_size: Sequence[int], mode: str, own: Tensor | None = None) -> None:
     check_mode(mode)
     check_map("grad", grad)
     if len(top_size) != 2 or top_size[0] < 1 or top_size[1] < 1:
         raise ValueError(f"top_size: expected two sizes of at least 1, got {list(top_size)}")
+    if own is None:
+        return
+    check_map("own", own)
+    check_alike("own", own, "grad", grad)
+    wanted = [*grad.shape[:2], *top_size]
+    if list(own.shape) != wanted:
+        raise ValueError(f"own: expected the shape {wanted}, got {_shape(own)}")
 
 
 def check_lateral_connection(
@@ -122,3 +129,31 @@ def check_pointwise(
     check_alike(bias_name, bias, feature_name, feature, dtype=dtype)
     if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
         raise ValueError(f"{bias_name}: expected the shape [{weight.shape[0]}], got {_shape(bias)}")
+
+
+def check_pathway(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    mode: str,
+    memory_format: torch.memory_format | None,
+) -> None:
+    """Every level before the first is computed, with the level in the argument's name."""
+    check_mode(mode)
+    check_memory_format(memory_format)
+    if len(features) == 0:
+        raise ValueError("features: expected at least one map, got none")
+    for name, values in (("weights", weights), ("biases", biases)):
+        if len(values) != len(features):
+            raise ValueError(f"{name}: expected one a level, {len(features)}, got {len(values)}")
+    batch, channels = features[0].shape[0], weights[0].shape[0]
+    for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
+        name = f"features[{level}]"
+        check_pointwise(name, feature, f"weights[{level}]", weight, f"biases[{level}]", bias)
+        check_alike(name, feature, "features[0]", features[0])
+        if feature.shape[0] != batch:
+            raise ValueError(f"{name}: expected the batch of features[0], {batch}, got {feature.shape[0]}")
+        if weight.shape[0] != channels:
+            raise ValueError(
+                f"weights[{level}]: expected the output channels of weights[0], {channels}, got {weight.shape[0]}"
+            )

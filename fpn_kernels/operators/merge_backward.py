@@ -1,7 +1,8 @@
 """`fpn_kernels::merge_backward`: what a merge owes to the coarser map and to the bias, in one pass over `grad`.
 
-``grad_top = gain * adjoint_of_resize(grad)`` and ``grad_bias[c] = gain * sum of grad[:, c]``.  In the nearest modes
-every fine pixel reads exactly one coarse pixel, so the bias is the sum of the coarse sums.
+``grad_top = own + gain * adjoint_of_resize(grad)`` and ``grad_bias[c] = gain * sum of grad[:, c]``.  `own` is the
+gradient that the coarser map has from elsewhere, in a pyramid from its own output convolution; None is zero.  In the
+nearest modes every fine pixel reads exactly one coarse pixel, so the bias is the sum of the coarse sums.
 """
 
 from __future__ import annotations
@@ -19,36 +20,41 @@ from fpn_kernels.operators.checks import check_adjoint
 
 
 def _kernel(
-    grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0
+    grad: Tensor, top_size: Sequence[int], own: Tensor | None, *, mode: str = "nearest", gain: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    check_adjoint(grad, top_size, mode)
+    check_adjoint(grad, top_size, mode, own)
     height, width = top_size
     if grad.numel() == 0:
-        empty = allocate((*grad.shape[:2], height, width), grad, result_format(grad))
-        return empty, grad.new_zeros(grad.shape[1])
-    result: tuple[Tensor, Tensor] = selection.call("merge_backward", grad, (height, width), mode, gain)
+        return _fake(grad, top_size, own, mode=mode, gain=gain)[0], grad.new_zeros(grad.shape[1])
+    result: tuple[Tensor, Tensor] = selection.call("merge_backward", grad, (height, width), own, mode, gain)
     return result
 
 
-def _fake(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    check_adjoint(grad, top_size, mode)
+def _fake(
+    grad: Tensor, top_size: Sequence[int], own: Tensor | None, *, mode: str = "nearest", gain: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    check_adjoint(grad, top_size, mode, own)
     return allocate((*grad.shape[:2], *top_size), grad, result_format(grad)), grad.new_empty(grad.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    grad, _ = inputs
+    grad, _, _ = inputs
     ctx.size = grad.shape
     ctx.options = keyword_only_inputs
 
 
-def _backward(ctx: Any, grad_of_top: Tensor, grad_of_bias: Tensor) -> tuple[Tensor, None]:
-    # Both results are linear in grad: its gradient is gain * (resize(grad_of_top) + grad_of_bias), one merge.
-    lateral = grad_of_bias.view(1, -1, 1, 1).expand(ctx.size)
-    return torch.ops.fpn_kernels.upsample_add(grad_of_top, lateral, **ctx.options), None
+def _backward(ctx: Any, grad_of_top: Tensor, grad_of_bias: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    wants_grad, _, wants_own = ctx.needs_input_grad[:3]
+    grad_of_grad = None
+    if wants_grad:
+        # Both results are linear in grad: its gradient is gain * (resize(grad_of_top) + grad_of_bias), one merge.
+        lateral = grad_of_bias.view(1, -1, 1, 1).expand(ctx.size)
+        grad_of_grad = torch.ops.fpn_kernels.upsample_add(grad_of_top, lateral, **ctx.options)
+    return grad_of_grad, None, grad_of_top if wants_own else None
 
 
 _NAME = registration.define(
-    "merge_backward(Tensor grad, SymInt[2] top_size, *, str mode='nearest', float gain=1.0) "
+    "merge_backward(Tensor grad, SymInt[2] top_size, Tensor? own, *, str mode='nearest', float gain=1.0) "
     "-> (Tensor grad_top, Tensor grad_bias)",
     _kernel,
     _fake,

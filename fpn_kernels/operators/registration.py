@@ -46,6 +46,8 @@ def _autocast_kernel(name: str, device_type: str, key: str) -> Callable[..., Any
         dtype = torch.get_autocast_dtype(device_type)
 
         def cast(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [cast(item) for item in value]
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             return value if value.dtype == torch.float64 else value.to(dtype)

@@ -100,7 +100,8 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
     )
 
 
-merge_backward = upsample_add_backward
+def merge_backward(grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float) -> str | None:
+    return upsample_add_backward(grad, top_size, mode, gain)
 
 
 def lateral_connection(

@@ -40,13 +40,17 @@ def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLU
     tl.store(bias + c, rounded(gain * tl.sum(total, axis=0), bias.dtype.element_ty), mask=inside)
 
 
-def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> tuple[Tensor, Tensor]:
+def merge_backward(
+    grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
+) -> tuple[Tensor, Tensor]:
     channels = grad.shape[1]
     out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
     chosen = plan(grad, out, mode, bias=True)
     partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
     bias = grad.new_empty(channels)
-    launch(chosen, grad, out, partials, mode, gain)
+    # An own gradient that lies in memory as the result does is read at the places that are written anyway.
+    alike = own is not None and geometry.strides(own) == geometry.strides(out)
+    launch(chosen, grad, out, own if alike else None, partials, mode, gain)
     with geometry.device_guard(grad):
         sum_partials[(-(-channels // REDUCTION.columns),)](
             *(partials, bias, gain, chosen.partials, channels),
@@ -54,11 +58,12 @@ def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: flo
             COLUMNS=REDUCTION.columns,
             num_warps=REDUCTION.num_warps,
         )
-    return out, bias
+    return out if own is None or alike else out.add_(own), bias
 
 
 def variants() -> Iterator[Variant]:
     yield from gather_variants("merge_backward", bias=True)
+    yield from gather_variants("merge_backward", bias=True, own=True)
     for size, kind in POINTER_TYPES.items():
         yield variant(
             sum_partials,

@@ -155,12 +155,12 @@ def plan(grad: Tensor, out: Tensor, mode: str, bias: bool) -> Plan:
 
 @kernel(_RUN_TIME)
 def gather_channels(
-    grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
+    grad, out, own, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
     grad_n, grad_c, grad_y, grad_x,
     out_n, out_c, out_y, out_x,
     row_tiles, column_tiles, groups,
-    MODE: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
     GRAD: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -209,8 +209,11 @@ def gather_channels(
                 if MODE == "bilinear":
                     column = column * bilinear_weight(fine_x, x, scale_x, top_width)[:, None]
                 result += column
-        stored = rounded(gain * result, out.dtype.element_ty)
-        tl.store(out_start + row_tile_of(x, c, out_x, out_c, OUT, WIDE), stored, mask=inside)
+        place = row_tile_of(x, c, out_x, out_c, OUT, WIDE)
+        scaled = gain * result
+        if OWN:
+            scaled += tl.load(start_of(own, n, y, out_n, out_y, OUT, WIDE) + place, mask=inside, other=0.0)
+        tl.store(out_start + place, rounded(scaled, out.dtype.element_ty), mask=inside)
         if BIAS:
             total += result
     if BIAS:
@@ -219,12 +222,12 @@ def gather_channels(
 
 @kernel(_RUN_TIME)
 def gather_planes(
-    grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
+    grad, out, own, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
     grad_n, grad_c, grad_y, grad_x,
     out_n, out_c, out_y, out_x,
     row_tiles, column_tiles, groups,
-    MODE: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
     GRAD: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -268,10 +271,12 @@ def gather_planes(
             if MODE == "bilinear":
                 line = line * bilinear_weight(fine_y, y, scale_y, top_height)[:, None]
             result += line
-    stored = rounded(gain * result, out.dtype.element_ty)
-    out_rows = rows_of(c, y, out_c, out_y, OUT, WIDE)
-    out_start = out + widened(n, WIDE) * known_multiple(out_n, OUT)
-    tl.store(out_start + tile_of(out_rows, x, out_x, OUT, WIDE), stored, mask=inside)
+    place = tile_of(rows_of(c, y, out_c, out_y, OUT, WIDE), x, out_x, OUT, WIDE)
+    image = widened(n, WIDE) * known_multiple(out_n, OUT)
+    scaled = gain * result
+    if OWN:
+        scaled += tl.load(own + image + place, mask=inside, other=0.0)
+    tl.store(out + image + place, rounded(scaled, out.dtype.element_ty), mask=inside)
     if BIAS:
         partial = (n * column_tiles + column_tile) * top_height + y
         tl.store(partials + partial.to(tl.int64) * channels + c, tl.sum(result, axis=1), mask=c < channels)
@@ -279,12 +284,12 @@ def gather_planes(
 
 @kernel(_RUN_TIME)
 def gather_area(
-    grad, out, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
+    grad, out, own, partials, gain, scale_y, scale_x, inverse_y, inverse_x,
     channels, height, width, top_height, top_width,
     grad_n, grad_c, grad_y, grad_x,
     out_n, out_c, out_y, out_x,
     row_tiles, column_tiles, groups,
-    MODE: tl.constexpr, WALK: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, WALK: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr, WIDE: tl.constexpr,
     GRAD: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -330,15 +335,23 @@ def gather_area(
         result = tl.sum(total, axis=0)
     else:
         result = tl.sum(total, axis=1)
-    out_start = start_of(out, n, y, out_n, out_y, 0, WIDE) + widened(x, WIDE) * out_x
-    stored = rounded(gain * result, out.dtype.element_ty)
-    tl.store(out_start + along(widened(c, WIDE), out_c, OUT), stored, mask=c < channels)
+    place = widened(x, WIDE) * out_x + along(widened(c, WIDE), out_c, OUT)
+    scaled = gain * result
+    if OWN:
+        scaled += tl.load(start_of(own, n, y, out_n, out_y, 0, WIDE) + place, mask=c < channels, other=0.0)
+    stored = rounded(scaled, out.dtype.element_ty)
+    tl.store(start_of(out, n, y, out_n, out_y, 0, WIDE) + place, stored, mask=c < channels)
     if BIAS:
         tl.store(partials + pixel.to(tl.int64) * channels + c, result, mask=c < channels)
 
 
-def launch(chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mode: str, gain: float) -> None:
-    """Writes ``gain * adjoint(grad)`` into `out`; unscaled sums into `partials`, float32 [chosen.partials, C]."""
+def launch(
+    chosen: Plan, grad: Tensor, out: Tensor, own: Tensor | None, partials: Tensor | None, mode: str, gain: float
+) -> None:
+    """Writes ``own + gain * adjoint(grad)`` into `out`; unscaled sums into `partials`, float32 [chosen.partials, C].
+
+    `own`, if any, has the strides of `out`.
+    """
     _, channels, height, width = grad.shape
     top_height, top_width = out.shape[2:]
     constexprs: dict[str, Any] = {"WINDOW": chosen.window}
@@ -347,7 +360,7 @@ def launch(chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mod
         launched, constexprs = gather_area, {"WALK": chosen.walk}
     with geometry.device_guard(grad):
         launched[(chosen.programs,)](
-            *(grad, out, out if partials is None else partials, gain),
+            *(grad, out, out if own is None else own, out if partials is None else partials, gain),
             *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(geometry.scale(height, top_height), geometry.scale(width, top_width)),
             *(channels, height, width, top_height, top_width),
@@ -357,6 +370,7 @@ def launch(chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mod
             MODE="nearest" if chosen.window == PAIRS else mode,
             **constexprs,
             BIAS=partials is not None,
+            OWN=own is not None,
             WIDE=geometry.needs_int64(grad, out),
             GRAD=chosen.grad_alignment,
             OUT=chosen.out_alignment,
@@ -371,13 +385,16 @@ def launch(chosen: Plan, grad: Tensor, out: Tensor, partials: Tensor | None, mod
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
     out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
     chosen = plan(grad, out, mode, bias=False)
-    launch(chosen, grad, out, None, mode, gain)
+    launch(chosen, grad, out, None, None, mode, gain)
     return out
 
 
-def gather_variants(name: str, bias: bool) -> Iterator[Variant]:
-    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
-    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
+def gather_variants(name: str, bias: bool, own: bool = False) -> Iterator[Variant]:
+    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps.
+
+    With `own`, the 16-bit tiles alone: a load more, at the places of the store.
+    """
+    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles if not own or key[2] == 2]
     if not bias:
         cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
     for (walk, window, size), config, alignment in cases:
@@ -386,17 +403,17 @@ def gather_variants(name: str, bias: bool) -> Iterator[Variant]:
         for mode in ("nearest",) if window in (PAIRS, 2) else ("nearest", "bilinear"):
             yield variant(
                 gather_area if window == AREA else gather,
-                {"grad": POINTER_TYPES[size], "out": POINTER_TYPES[size], "partials": "*fp32"},
+                {**dict.fromkeys(("grad", "out", "own"), POINTER_TYPES[size]), "partials": "*fp32"},
                 ("gain", "scale_y", "scale_x", "inverse_y", "inverse_x"),
                 {
-                    **{"MODE": mode, **area, "BIAS": bias, "WIDE": alignment == 0},
+                    **{"MODE": mode, **area, "BIAS": bias, "OWN": own, "WIDE": alignment == 0},
                     "GRAD": 1 if alignment and window == AREA and walk == "planes" else alignment,
                     "OUT": 0 if window == AREA and walk == "planes" else alignment,
                     **{"ROWS": config.rows, "COLUMNS": config.columns},
                 },
                 {"num_warps": config.num_warps, "enable_fp_fusion": False},
                 f"{name}-{walk}-{mode}-{f'window{window}' if window else 'area'}-{8 * size}bit"
-                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}",
+                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}{'-own' if own else ''}",
                 aligned=alignment > 0,
                 wide=("LDG",) if alignment and (walk == "channels" or window == PAIRS) else (),
             )

@@ -1,0 +1,146 @@
+"""`fpn_kernels::top_down_pathway`: one lateral connection a level, coarsest first, and one gradient formula for all.
+
+Chained lateral connections would each hand the level above a gradient, for autograd to add to the one that level has
+from its own output: another pass over both.  Here `merge_backward` adds it where it is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpn_kernels.backends import selection
+from fpn_kernels.backends.eager import sum_per_channel
+from fpn_kernels.backends.layouts import allocate, requested_format, result_format
+from fpn_kernels.operators import registration
+from fpn_kernels.operators.checks import check_pathway
+from fpn_kernels.operators.lateral_connection import feature_gradient, weight_gradient
+
+
+def _by_level(biases: Sequence[Tensor], levels: Sequence[int], count: int) -> list[Tensor | None]:
+    """One bias or None a level."""
+    if len(biases) != len(levels):
+        raise ValueError(f"bias_levels: expected one a bias, {len(biases)}, got {list(levels)}")
+    placed: list[Tensor | None] = [None] * count
+    for bias, level in zip(biases, levels, strict=True):
+        if not 0 <= level < count:
+            raise ValueError(f"bias_levels: expected levels below {count}, got {list(levels)}")
+        placed[level] = bias
+    return placed
+
+
+def _kernel(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_levels: Sequence[int],
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    memory_format: torch.memory_format | None = None,
+) -> list[Tensor]:
+    placed = _by_level(biases, bias_levels, len(features))
+    check_pathway(features, weights, placed, mode, memory_format)
+    if features[0].shape[0] == 0:
+        return _fake(features, weights, biases, bias_levels, mode=mode, gain=gain, memory_format=memory_format)
+    merged: list[Tensor] = []
+    top: Tensor | None = None
+    for feature, weight, bias in zip(reversed(features), reversed(weights), reversed(placed), strict=True):
+        arguments = (feature, weight.flatten(1), bias, top, mode, gain, memory_format)
+        top = selection.call("lateral_connection", *arguments)
+        merged.append(top)
+    return merged[::-1]
+
+
+def _fake(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_levels: Sequence[int],
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    memory_format: torch.memory_format | None = None,
+) -> list[Tensor]:
+    check_pathway(features, weights, _by_level(biases, bias_levels, len(features)), mode, memory_format)
+    return [
+        allocate((f.shape[0], w.shape[0], *f.shape[2:]), f, requested_format(f, memory_format))
+        for f, w in zip(features, weights, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    features, weights, _, bias_levels = inputs
+    wants_features, wants_weights = ctx.needs_input_grad[: len(features)], ctx.needs_input_grad[len(features) :]
+    ctx.save_for_backward(
+        *(feature if wants else None for feature, wants in zip(features, wants_weights, strict=False)),
+        *(weight if wants else None for weight, wants in zip(weights, wants_features, strict=True)),
+    )
+    ctx.formats = [result_format(feature) for feature in features]
+    ctx.sizes = [feature.shape[2:] for feature in features]
+    ctx.weight_shapes = [weight.shape for weight in weights]
+    ctx.bias_levels = list(bias_levels)
+    ctx.mode, ctx.gain = keyword_only_inputs["mode"], keyword_only_inputs["gain"]
+    # A level whose map nobody used has no gradient of its own: None, not a map of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _merge_gradient(
+    ctx: Any, grad: Tensor, own: Tensor | None, level: int, wants_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The whole gradient of the next coarser merged map, and that of this level's bias."""
+    options = {"mode": ctx.mode, "gain": ctx.gain}
+    size = ctx.sizes[level + 1]
+    if wants_bias:
+        result: tuple[Tensor, Tensor] = torch.ops.fpn_kernels.merge_backward(grad, size, own, **options)
+        return result
+    grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, size, **options)
+    return grad_top if own is None else grad_top + own, None
+
+
+def _backward(
+    ctx: Any, grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None], list[None] | None]:
+    count = len(ctx.sizes)
+    wants_features, wants_weights, wants_some_biases, _ = ctx.needs_input_grad
+    wants_biases = [False] * count
+    for level, wants in zip(ctx.bias_levels, wants_some_biases, strict=True):
+        wants_biases[level] = wants
+    features, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    grad_features: list[Tensor | None] = [None] * count
+    grad_weights: list[Tensor | None] = [None] * count
+    grad_biases: list[Tensor | None] = [None] * count
+    grad = grads[0]
+    for level in range(count):
+        last = level == count - 1
+        coarser = level + 1
+        wants_top = any(any(wants[coarser:]) for wants in (wants_features, wants_weights, wants_biases))
+        carried = None if last else grads[coarser]
+        if grad is not None:
+            gain = 1.0 if last else ctx.gain
+            if wants_top:
+                carried, grad_biases[level] = _merge_gradient(ctx, grad, carried, level, wants_biases[level])
+            elif wants_biases[level]:
+                grad_biases[level] = sum_per_channel(grad, gain)
+            if wants_features[level]:
+                grad_features[level] = feature_gradient(grad, weights[level], gain, ctx.formats[level])
+            if wants_weights[level]:
+                grad_weights[level] = weight_gradient(grad, features[level], ctx.weight_shapes[level], gain)
+        grad = carried
+    # An empty list counts as one of tensors, and its gradient is an empty list.
+    levels: list[None] | None = None if ctx.bias_levels else []
+    return grad_features, grad_weights, [grad_biases[level] for level in ctx.bias_levels], levels
+
+
+_NAME = registration.define(
+    # Biases are those that there are, with their levels: a list with None among its tensors has no autograd.
+    "top_down_pathway(Tensor[] features, Tensor[] weights, Tensor[] biases, int[] bias_levels, *, "
+    "str mode='nearest', float gain=1.0, MemoryFormat? memory_format=None) -> Tensor[]",
+    _kernel,
+    _fake,
+)
+registration.differentiable(_NAME, _backward, _setup_context)
+registration.autocast(_NAME)
