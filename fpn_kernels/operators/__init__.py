@@ -1,5 +1,19 @@
 """The torch operators: schema, fake implementation and autograd formula, one file each."""
 
-from fpn_kernels.operators import lateral_connection, merge_backward, upsample_add, upsample_add_backward
+from fpn_kernels.operators import (
+    lateral_connection,
+    merge_backward,
+    upsample_add,
+    upsample_add_backward,
+    weighted_merge,
+    weighted_merge_backward,
+)
 
-__all__ = ["lateral_connection", "merge_backward", "upsample_add", "upsample_add_backward"]
+__all__ = [
+    "lateral_connection",
+    "merge_backward",
+    "upsample_add",
+    "upsample_add_backward",
+    "weighted_merge",
+    "weighted_merge_backward",
+]
