@@ -64,10 +64,10 @@ def test_nearest_equals_eager_bit_for_bit(node: str, normalization: str, dtype: 
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
-def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> None:
-    first, other = layouts
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_any_strides(other: str, first: str, target: Target) -> None:
+    mode = MODES[(LAYOUTS.index(first) + LAYOUTS.index(other)) % len(MODES)]
     for node in ("a top-down node", "a bottom-up node"):
         inputs = maps(node, UNEVEN, torch.float32, target.device, (first, other, "permuted"))
         before = [x.clone() for x in inputs]
@@ -82,13 +82,13 @@ def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> Non
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced-nhwc", "permuted"])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "permuted"])
 def test_opcheck(layout: str, mode: str, requires_grad: bool, target: Target) -> None:
-    operators = torch.ops.fpn_kernels
+    operators, small = torch.ops.fpn_kernels, Sizes(1, 3, (2, 3), (3, 5), "the operator is called some twenty times")
     with fpn_kernels.use_backend(target.backend):
         for node in ("a top-down node", "a coarse map last"):
-            inputs = maps(node, UNEVEN, torch.float32, target.device, (layout,) * 3, grad=requires_grad)
+            inputs = maps(node, small, torch.float32, target.device, (layout,) * 3, grad=requires_grad)
             third = inputs[2] if len(inputs) == 3 else None
             weights = torch.rand(len(inputs), device=target.device, requires_grad=requires_grad)
             opcheck(operators.weighted_merge.default, (inputs[0], inputs[1], third, weights), {"mode": mode})
@@ -110,6 +110,7 @@ def test_empty(node: str, shape: tuple[int, int], target: Target) -> None:
     assert weights.grad is not None and torch.equal(weights.grad, torch.zeros_like(weights))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, under Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_what_is_not_finite_goes_through(layout: str, dtype: torch.dtype, target: Target) -> None:

@@ -27,11 +27,11 @@ from fpn_kernels.backends.selection import record_calls
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "misaligned", "expanded", "sliced-nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("node", NODES)
-def test_gradients(node: str, dtype: torch.dtype, layout: str, target: Target) -> None:
-    for sizes, mode in zip(target.affordable(MERGES), itertools.cycle(MODES), strict=False):
+def test_gradients(node: str, dtype: torch.dtype, target: Target) -> None:
+    layouts = itertools.cycle(("nchw", "nhwc", "misaligned", "expanded", "sliced-nhwc"))
+    for sizes, mode, layout in zip(target.affordable(MERGES), itertools.cycle(MODES), layouts, strict=False):
         require_node(target, node, sizes, dtype)
         inputs = maps(node, sizes, dtype, target.device, ("nchw", layout, "nhwc"), grad=True)
         weights = fusion_weights(len(inputs), target.device, grad=True)

@@ -12,7 +12,7 @@ from nodes import (
     fusion_weights,
     maps,
 )
-from samples import MERGES, random_map
+from samples import MERGES, Sizes, random_map
 from targets import Target
 
 import fpn_kernels
@@ -34,7 +34,7 @@ def test_the_module_learns_which_map_matters(target: Target) -> None:
     """Two maps of which one is the answer: its share goes to one."""
     torch.manual_seed(3)
     module = fpn_kernels.WeightedMerge(2, mode="bilinear").to(target.device)
-    first, other = maps("a top-down node", UNEVEN, torch.float32, target.device)
+    first, other = maps("a top-down node", Sizes(1, 3, (2, 3), (4, 5), "few pixels"), torch.float32, target.device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     losses = []
     with fpn_kernels.use_backend(target.backend):
