@@ -323,6 +323,8 @@ def variants() -> Iterator[Variant]:
                 f"weighted_merge-{walk}-{reading}-{'three' if third else 'two'}-{8 * size}bit"
                 f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}",
                 aligned=alignment > 0,
-                # The factors are single numbers.
-                wide={"STG": 0, **({} if gathered else {"LDG": 2 + third})} if alignment else (),
+                # The factors are single numbers; in the planes a coarse map is read in shorter runs, or gathered.
+                wide={"STG": 0, **({"LDG": 2 + third} if walk == "channels" or reading == "same" else {})}
+                if alignment
+                else {},
             )

@@ -144,5 +144,5 @@ def variants() -> Iterator[Variant]:
             f"-{'dense' if alignment else 'strided'}",
             aligned=alignment > 0,
             # The factor is read, and the sum written, as a single number.
-            wide={"LDG": 1, "STG": 1} if alignment else (),
+            wide={"LDG": 1, "STG": 1} if alignment else {},
         )
