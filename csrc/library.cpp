@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
   m.def(
       "merge_backward(Tensor grad, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) -> ()");
   m.def(
+      "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor factors, int mode, Tensor(a!) out) -> ()");
+  m.def(
+      "weighted_merge_backward(Tensor grad, Tensor input, Tensor factor, Tensor(a!) grad_input, "
+      "Tensor(b!) grad_factor) -> ()");
+  m.def(
       "lateral_connection(Tensor feature, Tensor weight, Tensor bias, Tensor? top, int mode, float gain, "
       "Tensor(a!) out) -> bool");
   m.def("limit_level(int ceiling) -> int");
@@ -24,6 +29,8 @@ STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
   m.impl("upsample_add_backward", TORCH_BOX(&fpn::cpu::upsample_add_backward));
   m.impl("lateral_connection", TORCH_BOX(&fpn::cpu::lateral_connection));
   m.impl("merge_backward", TORCH_BOX(&fpn::cpu::merge_backward));
+  m.impl("weighted_merge", TORCH_BOX(&fpn::cpu::weighted_merge));
+  m.impl("weighted_merge_backward", TORCH_BOX(&fpn::cpu::weighted_merge_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CompositeExplicitAutograd, m) {

@@ -23,6 +23,15 @@ bool lateral_connection(
     int64_t mode,
     double gain,
     Tensor out);
+void weighted_merge(
+    const Tensor& first,
+    const Tensor& second,
+    const std::optional<Tensor>& third,
+    const Tensor& factors,
+    int64_t mode,
+    Tensor out);
+void weighted_merge_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& factor, Tensor grad_input, Tensor grad_factor);
 void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias);
 
 }  // namespace fpn::cpu

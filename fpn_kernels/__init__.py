@@ -3,7 +3,7 @@
 from fpn_kernels import reference
 from fpn_kernels.backends.selection import available_backends, use_backend
 from fpn_kernels.diagnostics import explain
-from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add
+from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add, weighted_merge
 from fpn_kernels.modules import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -11,6 +11,7 @@ from fpn_kernels.modules import (
     LastLevelMaxPool,
     LastLevelP6P7,
     ResNetFPN,
+    WeightedMerge,
     resnet50_fpn,
     resnet101_fpn,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "LastLevelMaxPool",
     "LastLevelP6P7",
     "ResNetFPN",
+    "WeightedMerge",
     "__version__",
     "assign_levels",
     "available_backends",
@@ -36,4 +38,5 @@ __all__ = [
     "top_down_pathway",
     "upsample_add",
     "use_backend",
+    "weighted_merge",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from fpn_kernels.backends import selection
 from fpn_kernels.backends.selection import Explanation
 from fpn_kernels.version import __version__
 
-OPERATORS = ("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward")
+OPERATORS = (
+    *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
+    *("weighted_merge", "weighted_merge_backward"),
+)
+
+# Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
+PUBLIC: dict[str, Callable[..., Any]] = {}
 
 # Public functions that have no operator of their own, and what they are made of.
 COMPOSED = {
@@ -49,10 +56,12 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         return Explanation(name, f"composition: {COMPOSED[name]}", {})
     if name not in OPERATORS:
         raise ValueError(f"operator: expected one of {(*OPERATORS, *COMPOSED)}, got {operator!r}")
-    call = getattr(torch.ops.fpn_kernels, name).default
-    for argument in call._schema.arguments[len(args) :]:
-        if isinstance(argument.type, torch.OptionalType) and not argument.has_default_value():
-            kwargs.setdefault(argument.name, None)
+    call = PUBLIC.get(name)
+    if call is None:
+        call = getattr(torch.ops.fpn_kernels, name).default
+        for argument in call._schema.arguments[len(args) :]:
+            if isinstance(argument.type, torch.OptionalType) and not argument.has_default_value():
+                kwargs.setdefault(argument.name, None)
     try:
         with torch.no_grad(), selection.explaining():
             call(*args, **kwargs)
@@ -79,6 +88,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, .
         "upsample_add_backward": (fine, (2, 2)),
         "lateral_connection": (fine, weight, None, top),
         "merge_backward": (fine, (2, 2), None),
+        "weighted_merge": ((fine, top), torch.ones(2, device=device)),
+        "weighted_merge_backward": (fine, fine, torch.ones((), device=device)),
     }
 
 

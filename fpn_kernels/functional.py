@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels import operators  # noqa: F401 - registers torch.ops.fpn_kernels
+from fpn_kernels import (
+    diagnostics,
+    operators,  # noqa: F401 - registers torch.ops.fpn_kernels
+)
 from fpn_kernels.operators import checks
 
 
@@ -207,3 +210,67 @@ def top_down_pathway(
         memory_format=memory_format,
     )
     return tuple(merged)
+
+
+def weighted_merge(
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    normalization: str = "relu",
+    eps: float = 1e-4,
+    mode: str = "nearest",
+) -> Tensor:
+    """The weighted sum of two or three maps with learned, normalised weights, in one pass over memory.
+
+    ``out = sum_i w_i * resize(inputs[i])``, the weighted feature fusion of BiFPN (EfficientDet, arXiv 1911.09070,
+    section 3.3), where a top-down node merges its input with a coarser map, and a bottom-up node three of one size.
+
+    Args:
+        inputs: two or three maps ``[N, C, h_i, w_i]`` of one dtype and device; h_i, w_i >= 1.  The first gives the
+            size ``[H, W]``, the dtype and the layout of the result; any other of another size is resized to it, and
+            never stored resized.
+        weights: the weights before they are normalised, ``[len(inputs)]``, of any floating-point dtype, on the maps'
+            device.  They are never read by the host, and stay out of autocast.
+        normalization: ``"relu"``, the paper's fast normalized fusion, ``w_i = relu(weights_i) / (eps + sum_j
+            relu(weights_j))``; or ``"softmax"``, its softmax-based fusion.
+        eps: as above, at least 0; not used by ``"softmax"``.  Where no weight is positive the result is 0 (and NaN
+            with an eps of 0).
+        mode: how maps are resized, as in `upsample_add`.
+
+    Returns:
+        ``[N, C, H, W]``, dense; NHWC where the first map's strides are NHWC, else NCHW.  Weights are normalised, and
+        products summed, in float32 (float64 for float64 maps); the sum is rounded once.
+
+    Supports float16, bfloat16, float32 and float64, any strides, autograd (twice; deterministic; the weights included),
+    `torch.compile` and `torch.export`.  Under autocast the maps are cast to the autocast dtype.
+
+    Moves ``(sum_i N C h_i w_i + N C H W)`` elements.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: the number of maps, a shape, a device, `normalization`, `eps` or `mode` does not fit; or a forced
+            backend cannot serve the call.
+    """
+    _require_levels("inputs", inputs)
+    if len(inputs) not in (2, 3):
+        raise ValueError(f"inputs: expected two or three maps, got {len(inputs)}")
+    for index, tensor in enumerate(inputs):
+        _require_tensor(f"inputs[{index}]", tensor)
+    _require_tensor("weights", weights)
+    checks.check_normalization(normalization, eps)
+    _require_options(mode, 1.0)
+    checks.check_weights("weights", weights, len(inputs))
+    if weights.device != inputs[0].device:
+        raise ValueError(f"weights: expected the device of inputs[0], {inputs[0].device}, got {weights.device}")
+    factors = weights.to(checks.sum_dtype(inputs[0]))
+    if normalization == "softmax":
+        factors = torch.softmax(factors, 0)
+    else:
+        factors = torch.relu(factors)
+        factors = factors / (factors.sum() + eps)
+    third = inputs[2] if len(inputs) == 3 else None
+    result: Tensor = torch.ops.fpn_kernels.weighted_merge(inputs[0], inputs[1], third, factors, mode=mode)
+    return result
+
+
+diagnostics.PUBLIC["weighted_merge"] = weighted_merge

@@ -72,6 +72,27 @@ def top_down_pathway(
     return tuple(reversed(merged))
 
 
+def weighted_merge(
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    normalization: str = "relu",
+    eps: float = 1e-4,
+    mode: str = "nearest",
+) -> Tensor:
+    """``sum(w[i] * F.interpolate(inputs[i]))``, as BiFPN's published code has it; see `fpn_kernels.weighted_merge`."""
+    if normalization == "softmax":
+        factors = torch.softmax(weights, 0)
+    else:
+        factors = F.relu(weights)
+        factors = factors / (factors.sum() + eps)
+    size = inputs[0].shape[2:]
+    merged = inputs[0] * factors[0]
+    for other, factor in zip(inputs[1:], factors[1:], strict=True):
+        merged = merged + (other if other.shape[2:] == size else _resize(other, size, mode)) * factor
+    return merged
+
+
 class FeaturePyramidNetwork(nn.Module):
     """The neck in plain PyTorch: same `state_dict` keys as `fpn_kernels.FeaturePyramidNetwork` without extra blocks.
 

@@ -78,6 +78,31 @@ def upsample_add_backward(lateral: Shape, top_size: Shape, dtype: torch.dtype, *
     return Cost((2 * count + coarse) * dtype.itemsize, 2 * count)
 
 
+def _factors(count: int, dtype: torch.dtype) -> int:
+    """Bytes of the factors of so many maps, which are float32 (float64 for float64 maps)."""
+    return count * max(4, dtype.itemsize)
+
+
+def weighted_merge(first: Shape, other_sizes: Sequence[Shape], dtype: torch.dtype) -> Cost:
+    """Read the first map, each other and the factors, write the sum; a product a map and the additions an element."""
+    count, maps = _numel(first), 1 + len(other_sizes)
+    elements = 2 * count + sum(_top_read(first, size) for size in other_sizes)
+    return Cost(elements * dtype.itemsize + _factors(maps, dtype), (2 * maps - 1) * count)
+
+
+def weighted_merge_backward(first: Shape, other_sizes: Sequence[Shape], dtype: torch.dtype) -> Cost:
+    """Read grad, each map and the factors, write the gradients of maps and factors.
+
+    Per element of a map three operations (its gradient; a product and a sum of the factor's), and an addition an
+    element of grad for each map that was resized.
+    """
+    n, c = first[:2]
+    own = [_numel(first), *(n * c * _numel(size) for size in other_sizes)]
+    resized = sum(tuple(size) != tuple(first[2:]) for size in other_sizes)
+    moved = (own[0] + 2 * sum(own)) * dtype.itemsize + 2 * _factors(len(own), dtype)
+    return Cost(moved, 3 * sum(own) + resized * own[0])
+
+
 def lateral_connection(
     feature: Shape, out_channels: int, top_size: Shape | None, dtype: torch.dtype, *, bias: bool = True
 ) -> Cost:

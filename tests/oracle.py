@@ -6,6 +6,8 @@ another one than for the dtype under test.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,10 +37,10 @@ def resize_matrix(in_size: int, out_size: int, mode: str, dtype: torch.dtype = t
     return matrix
 
 
-def resize(top: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Differentiable, float64, on the CPU."""
-    rows = resize_matrix(top.shape[2], size[0], mode, top.dtype)
-    columns = resize_matrix(top.shape[3], size[1], mode, top.dtype)
+def resize(top: Tensor, size: tuple[int, int], mode: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Differentiable, float64, on the CPU; `dtype` is that of the maps, where `top` has been widened already."""
+    rows = resize_matrix(top.shape[2], size[0], mode, dtype or top.dtype)
+    columns = resize_matrix(top.shape[3], size[1], mode, dtype or top.dtype)
     return torch.einsum("yh,nchw,xw->ncyx", rows, top.double().cpu(), columns)
 
 
@@ -58,6 +60,32 @@ def lateral_connection(
     if bias is not None:
         result = result + bias.double().cpu().view(1, -1, 1, 1)
     return result if top is None else upsample_add(top, result, mode, gain)
+
+
+def weighted_merge(
+    inputs: Sequence[Tensor], factors: Tensor, mode: str = "nearest", dtype: torch.dtype | None = None
+) -> Tensor:
+    """The weighted sum; `factors` are normalised already, and may be differentiated like the inputs."""
+    size = (inputs[0].shape[2], inputs[0].shape[3])
+    resized = [x.double().cpu() if x.shape[2:] == size else resize(x, size, mode, dtype) for x in inputs]
+    return sum(
+        (factor * x for factor, x in zip(factors.double().cpu(), resized, strict=True)), torch.zeros(()).double()
+    )
+
+
+def within_rounding(result: Tensor, exact: Tensor, scale: Tensor | float = 1.0, roundings: int = 1) -> None:
+    """Asserts each element within one rounding of the result (or so many) and a few of the sums behind it.
+
+    Those are in float32 (float64 for float64), and `scale` is the sum of the absolute values of their terms.
+    """
+    assert torch.isfinite(result).all()
+    sums = torch.finfo(torch.float64 if result.dtype == torch.float64 else torch.float32).eps
+    # Below the smallest normal number the spacing no longer shrinks with the value.
+    spacing = rounding(result.dtype) * exact.abs() * 1.001
+    spacing = spacing + torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps
+    bound = roundings * spacing + 8 * sums * scale
+    excess = (result.detach().double().cpu() - exact).abs() - bound
+    assert float(excess.max()) <= 0, f"off by {float(excess.max())} more than rounding allows"
 
 
 def error(result: Tensor, exact: Tensor) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fpn_kernels
+from fpn_kernels import diagnostics
 from fpn_kernels.backends import eager, native, selection
 from fpn_kernels.backends.selection import Backend, BackendUnavailableError, Implementation
 
@@ -134,6 +135,10 @@ def test_explain_goes_the_whole_way_of_the_call() -> None:
     with pytest.raises(ValueError, match="operator: expected one of .*'upsample'"):
         fpn_kernels.explain("upsample", TOP, LATERAL)
     assert fpn_kernels.explain("lateral_connection", LATERAL, torch.ones(2, 2)).operator == "lateral_connection"
+    # A public function whose arguments are not the operator's own.
+    merge = fpn_kernels.explain("weighted_merge", [LATERAL, TOP], torch.ones(2), normalization="softmax")
+    assert str(merge) == str(fpn_kernels.explain(fpn_kernels.weighted_merge, [LATERAL, TOP], torch.ones(2)))
+    assert merge.operator == "weighted_merge"
     assert "composition" in fpn_kernels.explain("output_conv", LATERAL).backend
     assert "nothing to launch" in fpn_kernels.explain("upsample_add", TOP[:0], LATERAL[:0]).backend
 
@@ -184,6 +189,8 @@ def test_the_operators_appear_once() -> None:
         "lateral_connection",
         "merge_backward",
         "top_down_pathway",
+        "weighted_merge",
+        "weighted_merge_backward",
     }
 
 
@@ -191,7 +198,7 @@ def test_the_report_names_versions_devices_and_who_serves() -> None:
     run = subprocess.run([sys.executable, "-m", "fpn_kernels"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert f"torch        {torch.__version__}" in run.stdout
-    for operator in ("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"):
+    for operator in diagnostics.OPERATORS:
         assert f"{operator}: served by" in run.stdout
     assert "native" in run.stdout and "triton" in run.stdout and "cpu: " in run.stdout
 

@@ -16,6 +16,7 @@ from fpn_kernels.backends import native
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+WIDE = Sizes(1, 33, (5, 40), (10, 80), "lines of whole vectors, and channels with a tail")
 LEVELS = {0: "portable", 1: "avx2", 2: "avx512"}
 
 
@@ -48,8 +49,7 @@ def _on_every_level(levels: list[int], compute: Callable[[], tuple[torch.Tensor,
 def test_vector_and_scalar_paths_agree_bit_for_bit(
     mode: str, dtype: torch.dtype, layout: str, levels: list[int]
 ) -> None:
-    wide = Sizes(1, 33, (5, 40), (10, 80), "lines of whole vectors, and channels with a tail")
-    for sizes in [*MERGES, wide]:
+    for sizes in [*MERGES, WIDE]:
         top = random_map((sizes.batch, sizes.channels, *sizes.top), dtype, layout=layout)
         lateral = random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, layout=layout)
         _on_every_level(
@@ -58,6 +58,26 @@ def test_vector_and_scalar_paths_agree_bit_for_bit(
                 native.upsample_add(top, lateral, mode, 0.7),
                 native.upsample_add_backward(lateral, sizes.top, mode, 0.7),
                 *native.merge_backward(lateral, sizes.top, None, mode, 0.7),
+            ),
+        )
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced-nhwc", "permuted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", resampling.MODES)
+def test_weighted_merges_agree_bit_for_bit(mode: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
+    factors = torch.tensor([0.3, -0.9, 1.7], dtype=torch.promote_types(dtype, torch.float32))
+    for sizes in [*MERGES, WIDE]:
+        places = (sizes.fine, sizes.top, sizes.fine)
+        x, top, y = (random_map((sizes.batch, sizes.channels, *place), dtype, layout=layout) for place in places)
+        _on_every_level(
+            levels,
+            lambda x=x, top=top, y=y: (  # type: ignore[misc]
+                native.weighted_merge(x, top, None, factors[:2], mode),
+                native.weighted_merge(x, y, None, factors[1:], mode),
+                native.weighted_merge(x, y, top, factors, mode),
+                native.weighted_merge(x, top, top, factors, mode),
+                *native.weighted_merge_backward(x, y, factors[2]),
             ),
         )
 
@@ -82,13 +102,21 @@ def test_a_result_written_past_the_caches(mode: str, dtype: torch.dtype, layout:
     """Results of 24 MB and more take other store instructions."""
     top = random_map((1, 64, 160, 160), dtype, layout=layout)
     lateral = random_map((1, 64, 320, 320), dtype, layout=layout)
-    small = native.upsample_add(top[:, :16], lateral[:, :16], mode, 1.0)
+    factors = torch.tensor([0.3, 0.5, -0.2])
+
+    def results(channels: int) -> tuple[torch.Tensor, ...]:
+        x, coarse = lateral[:, :channels], top[:, :channels]
+        grad_input, _ = native.weighted_merge_backward(x, x, factors[0])
+        return native.upsample_add(coarse, x, mode, 1.0), native.weighted_merge(x, coarse, x, factors, mode), grad_input
+
+    small = results(16)
     for level in levels:
         _limit(level)
-        result = native.upsample_add(top, lateral, mode, 1.0)
-        assert torch.equal(result[:, :16], small)
+        large = results(64)
+        for one, other in zip(large, small, strict=True):
+            assert torch.equal(one[:, :16], other)
     if mode == "nearest":
-        assert torch.equal(result, reference.upsample_add(top, lateral))
+        assert torch.equal(large[0], reference.upsample_add(top, lateral))
 
 
 @pytest.mark.parametrize("mode", resampling.MODES)
@@ -115,13 +143,16 @@ def test_the_number_of_threads_does_not_show(mode: str, layout: str) -> None:
             with fpn_kernels.use_backend("native"):
                 merged = native.upsample_add(top, grad, mode, 1.0)
                 connected = fpn_kernels.lateral_connection(feature, weight, None, top, mode=mode)
-            results.append((*native.merge_backward(grad, (38, 57), None, mode, 1.0), merged, connected))
+            weighted = native.weighted_merge(grad, top, grad, torch.tensor([0.3, 0.5, 0.2]), mode)
+            gathered = native.merge_backward(grad, (38, 57), None, mode, 1.0)
+            products = native.weighted_merge_backward(grad, merged, torch.tensor(0.3))
+            results.append((*gathered, *products, merged, weighted, connected))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
-        for ours, first in zip(result[:3], results[0][:3], strict=True):
+        for ours, first in zip(result[:-1], results[0][:-1], strict=True):
             assert torch.equal(ours, first)
-        torch.testing.assert_close(result[3], results[0][3])
+        torch.testing.assert_close(result[-1], results[0][-1])
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.7])
@@ -154,4 +185,5 @@ def test_both_matrix_products(
 
 def test_it_refuses_what_it_was_not_built_for() -> None:
     maps = torch.ones(1, 1, 2, 2, device="meta"), torch.ones(1, 1, 4, 4, device="meta")
+    assert native.BACKEND.refusal("weighted_merge", (*maps, None, torch.ones(2), "nearest")) is not None
     assert native.BACKEND.refusal("upsample_add", (*maps, "nearest", 1.0)) is not None

@@ -55,6 +55,20 @@ def test_upsample_add_backward_writes_grad_lateral_only_for_a_gain() -> None:
     assert cost.bytes == 9 * ONE_MAP // 4
 
 
+def test_weighted_merge_by_hand() -> None:
+    # A top-down node of 2 x 4 x 6 over 1 x 2 x 3, float32: 48 elements read and written, 12 read, two factors.
+    assert roofline.weighted_merge((1, 2, 4, 6), [(2, 3)], torch.float32) == Cost(4 * (2 * 48 + 12) + 8, 3 * 48)
+    # A bottom-up node of three maps in bfloat16: three maps read, one written, three float32 factors.
+    assert roofline.weighted_merge(_merged(2), [SIZES[2]] * 2, BF16) == Cost(4 * ONE_MAP + 12, 5 * ONE_MAP // 2)
+
+
+def test_weighted_merge_backward_by_hand() -> None:
+    # grad 48; maps and their gradients 48 and 12 each; two factors and their gradients.
+    cost = roofline.weighted_merge_backward((1, 2, 4, 6), [(2, 3)], torch.float32)
+    assert cost == Cost(4 * (48 + 2 * 48 + 2 * 12) + 16, 3 * 60 + 48)
+    assert roofline.weighted_merge_backward(_merged(2), [SIZES[2]] * 2, BF16).bytes == 7 * ONE_MAP + 24
+
+
 @pytest.mark.parametrize(
     ("level", "megabytes", "gflop"), [(2, 73.9, 8.4), (3, 26.9, 4.2), (4, 11.3, 2.1), (5, 5.7, 1.05)]
 )

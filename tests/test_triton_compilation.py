@@ -29,6 +29,8 @@ from fpn_kernels.backends.triton import (  # noqa: E402
     merge_backward,
     upsample_add,
     upsample_add_backward,
+    weighted_merge,
+    weighted_merge_backward,
 )
 from fpn_kernels.backends.triton.compiled import Variant, all_variants  # noqa: E402
 
@@ -69,10 +71,11 @@ def test_machine_code(description: str, capability: int, tmp_path: Path) -> None
     code = _machine_code(compiled, capability, tmp_path)
     if variant.matrix_product:
         assert re.search(CHIPS[capability][1], code), "the matrix product is not on the tensor cores"
-    for instruction in variant.wide:
+    for instruction, single_numbers in variant.wide.items():
         moves = re.findall(rf"\b{instruction}\.[\w.]+", code)
-        assert moves, f"no {instruction} at all"
-        assert all(move.endswith(".128") for move in moves), f"narrow accesses: {sorted(set(moves))}"
+        narrow = [move for move in moves if not move.endswith(".128")]
+        assert len(moves) > len(narrow), f"no wide {instruction} at all"
+        assert len(narrow) <= single_numbers, f"narrow accesses: {sorted(set(narrow))}"
 
 
 class _Hopper:
@@ -108,12 +111,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels: int, sizes: Any) -> None:
     top_size, size = sizes
     top, lateral = (torch.empty(2, channels, *s, dtype=dtype).to(memory_format=layout) for s in (top_size, size))
-    weight = torch.empty(channels, channels, dtype=dtype)
+    weight, factors = torch.empty(channels, channels, dtype=dtype), torch.empty(3)
     for mode in resampling.MODES:
         upsample_add.upsample_add(top, lateral, mode, 0.5)
         upsample_add_backward.upsample_add_backward(lateral, top_size, mode, 0.5)
         merge_backward.merge_backward(lateral, top_size, None, mode, 0.5)
         lateral_connection.lateral_connection(lateral, weight, weight[0], top, mode, 0.5, None)
+        weighted_merge.weighted_merge(lateral, top, None, factors, mode)
+        weighted_merge.weighted_merge(lateral, top, lateral, factors, mode)
+    weighted_merge.weighted_merge(lateral, lateral, lateral, factors, "nearest")
+    weighted_merge_backward.weighted_merge_backward(lateral, top.new_empty(()).expand_as(lateral), factors[0])
     lateral_connection.lateral_connection(lateral, weight.t(), None, None, "nearest", 1.0, None)
 
 
@@ -132,7 +139,7 @@ def test_a_launch_compiles(
 ) -> None:
     """Through Triton's own launcher, whatever alignments the sizes leave: it binds, compiles and does not spill."""
     _launch_everything(dtype, layout, channels, sizes)
-    assert len(launched) >= 5 * len(resampling.MODES)
+    assert len(launched) >= 7 * len(resampling.MODES)
     for compiled in launched:
         _machine_code(compiled, 90, tmp_path)
 
@@ -154,11 +161,19 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     for mode in ("nearest", "bilinear"):
         upsample_add.upsample_add(top, fine, mode, 1.0)
         upsample_add_backward.upsample_add_backward(fine, (16, 32), mode, 1.0)
+        for middle in (None, fine):
+            # Twice the size in every mode but the bilinear one; and 4 and 2 times.
+            for coarse in (top, top[:, :, :8].clone(memory_format=layout)):
+                last = (coarse, None) if middle is None else (middle, coarse)
+                weighted_merge.weighted_merge(fine, *last, torch.empty(3), mode)
+    weighted_merge.weighted_merge(fine, fine, None, torch.empty(2), "nearest")
+    weighted_merge.weighted_merge(fine, fine, fine, torch.empty(3), "nearest")
+    weighted_merge_backward.weighted_merge_backward(fine, fine, torch.empty(()))
     merge_backward.merge_backward(fine, (16, 32), None, "nearest", 1.0)
     lateral_connection.lateral_connection(
         fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
     )
-    assert len(launched) == 7
+    assert len(launched) == 18
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)
@@ -172,6 +187,8 @@ def test_every_table_is_compiled() -> None:
         ("upsample_add-", upsample_add),
         ("upsample_add_backward-", upsample_add_backward),
         ("merge_backward-", upsample_add_backward),
+        ("weighted_merge-", weighted_merge),
+        ("weighted_merge_backward-", weighted_merge_backward),
     ):
         tiles = {(tile.rows, tile.columns) for tiles in module.TABLE.values() for tile in tiles}
         described = [description for description in VARIANTS if description.startswith(name)]

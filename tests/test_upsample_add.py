@@ -35,17 +35,6 @@ def _pair(
     return top, random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, device, layouts[1])
 
 
-def _within_rounding(result: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor | float = 1.0) -> None:
-    """Each element within one rounding of the result and a few of the float32 (or float64) sums behind it."""
-    assert torch.isfinite(result).all()
-    sums = torch.finfo(torch.float64 if result.dtype == torch.float64 else torch.float32).eps
-    bound = oracle.rounding(result.dtype) * exact.abs() * 1.001 + 8 * sums * scale
-    # Below the smallest normal number the spacing no longer shrinks with the value.
-    bound = bound + torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps
-    excess = (result.double().cpu() - exact).abs() - bound
-    assert float(excess.max()) <= 0, f"off by {float(excess.max())} more than rounding allows"
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", resampling.NEAREST_MODES)
 @pytest.mark.parametrize("sizes", MERGES, ids=str)
@@ -74,7 +63,7 @@ def test_the_sum_is_rounded_once(mode: str, dtype: torch.dtype, gain: float, tar
         largest = float(top.abs().max() + lateral.abs().max())
         # A bilinear position is rounded at its own size, and its weight by as much.
         spread = max(sizes.top) if mode == "bilinear" else 1
-        _within_rounding(result, exact, largest * spread)
+        oracle.within_rounding(result, exact, largest * spread)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,7 +74,7 @@ def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> Non
     before = top.clone(), lateral.clone()
     with target.serves("upsample_add"):
         result = fpn_kernels.upsample_add(top, lateral, mode=mode)
-    _within_rounding(result, oracle.upsample_add(top, lateral, mode), 8 * float(top.abs().max()))
+    oracle.within_rounding(result, oracle.upsample_add(top, lateral, mode), 8 * float(top.abs().max()))
     is_nhwc = layouts[1] in ("nhwc", "sliced-nhwc")
     assert result.is_contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
     assert torch.equal(top, before[0]) and torch.equal(lateral, before[1])
@@ -107,7 +96,7 @@ def test_the_backward_is_the_exact_adjoint(mode: str, dtype: torch.dtype, layout
         assert torch.equal(grad_lateral, 0.5 * grad)
         exact = _adjoint(grad, sizes, mode, dtype) * 0.5
         terms = _adjoint(grad.abs(), sizes, mode, dtype)
-        _within_rounding(grad_top, exact, terms * max(8, max(sizes.fine)))
+        oracle.within_rounding(grad_top, exact, terms * max(8, max(sizes.fine)))
 
 
 def _adjoint(grad: torch.Tensor, sizes: Sizes, mode: str, dtype: torch.dtype) -> torch.Tensor:

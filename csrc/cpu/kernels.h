@@ -51,6 +51,38 @@ struct UpsampleAdd {
   bool streaming;  // the result is too large for the caches
 };
 
+// A map of a weighted merge.
+struct WeightedMap {
+  Map map;
+  bool resized;
+  ForwardAxis rows, columns;  // where it is resized
+  double factor;
+};
+
+// out = sum of factor * resize(map)
+struct WeightedMerge {
+  Dtype dtype;
+  WeightedMap inputs[3];
+  int64_t count;  // of inputs: 2 or 3; the first is never resized
+  Result out;
+  int64_t channels, height, width;
+  bool bilinear;
+  bool channels_last;
+  bool streaming;  // the result is too large for the caches
+};
+
+// grad_input = factor * grad; also the sums of grad * input, in float64.
+struct WeightedMergeBackward {
+  Dtype dtype;
+  Map grad, input;
+  Result grad_input;
+  int64_t channels;
+  double factor;
+  bool channels_last;
+  bool streaming;  // grad_input is too large for the caches
+  double* sums;  // one for each unit
+};
+
 // grad_top = gain * adjoint of the resize; where bias_sums is given, also the sums of grad, in float64.
 struct UpsampleAddBackward {
   Dtype dtype;
@@ -98,10 +130,17 @@ using UpsampleAddBackwardRows = void (*)(const UpsampleAddBackward&, int64_t beg
 // Every line in scratch memory starts on a cache line.
 inline constexpr int64_t line_bytes(int64_t count, int64_t element) { return (count * element + 63) / 64 * 64; }
 
-#define FPN_DECLARE_KERNELS(level)                                                                       \
-  namespace level {                                                                                      \
-  void upsample_add_rows(const UpsampleAdd&, int64_t begin, int64_t end, std::byte* scratch);            \
-  void upsample_add_backward_rows(const UpsampleAddBackward&, int64_t begin, int64_t end, std::byte* scratch); \
+// What ResizedRows (rows.h) takes: two resized lines, and two as they come.
+inline constexpr int64_t held_rows_bytes(int64_t width, int64_t top_width) {
+  return 2 * line_bytes(width, 8) + 2 * line_bytes(top_width, 8);
+}
+
+#define FPN_DECLARE_KERNELS(level)                                                                                 \
+  namespace level {                                                                                                \
+  void upsample_add_rows(const UpsampleAdd&, int64_t begin, int64_t end, std::byte* scratch);                      \
+  void upsample_add_backward_rows(const UpsampleAddBackward&, int64_t begin, int64_t end, std::byte* scratch);     \
+  void weighted_merge_rows(const WeightedMerge&, int64_t begin, int64_t end, std::byte* scratch);                  \
+  void weighted_merge_backward_rows(const WeightedMergeBackward&, int64_t begin, int64_t end, std::byte* scratch); \
   }
 
 FPN_DECLARE_KERNELS(portable)

@@ -14,6 +14,23 @@ namespace fpn::cpu {
 
 using torch::stable::Tensor;
 
+// One of the numbers of a float32 or float64 vector.
+inline double number_of(const Tensor& vector, int64_t index) {
+  const int64_t place = vector.dim() == 0 ? 0 : index * vector.stride(0);
+  if (vector.scalar_type() == torch::headeronly::ScalarType::Double) {
+    return static_cast<const double*>(vector.const_data_ptr())[place];
+  }
+  return static_cast<double>(static_cast<const float*>(vector.const_data_ptr())[place]);
+}
+
+// Whether a result is so large that it is best written past the caches, and its lines allow it.
+inline bool may_stream(const Tensor& out, Dtype dtype) {
+  constexpr int64_t streaming_bytes = int64_t{24} << 20;
+  const int64_t element = element_size(dtype), line = (out.stride(3) == 1 ? out.size(3) : out.size(1)) * element;
+  return out.numel() * element >= streaming_bytes && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
+      line % 64 == 0;
+}
+
 // Scratch memory of one task, from a cache line on.
 class Scratch {
  public:

@@ -7,9 +7,6 @@ namespace fpn::cpu {
 
 namespace {
 
-// A result of this many bytes or more is written past the caches.
-constexpr int64_t streaming_bytes = int64_t{24} << 20;
-
 int64_t scratch_bytes(const UpsampleAdd& call) {
   const int64_t width = call.lateral.width, top_width = call.top.width;
   const int64_t element = element_size(call.dtype);
@@ -18,13 +15,7 @@ int64_t scratch_bytes(const UpsampleAdd& call) {
     const int64_t top = call.top.stride_c == 1 ? 0 : 2 * line_bytes(top_width * call.channels, element);
     return lateral + top;
   }
-  return 3 * line_bytes(width, 8) + 2 * line_bytes(top_width, 8);
-}
-
-bool may_stream(const UpsampleAdd& call, int64_t numel) {
-  const int64_t element = element_size(call.dtype);
-  const int64_t line = (call.channels_last ? call.channels : call.lateral.width) * element;
-  return numel * element >= streaming_bytes && reinterpret_cast<uintptr_t>(call.out.data) % 64 == 0 && line % 64 == 0;
+  return held_rows_bytes(width, top_width) + line_bytes(width, 8);
 }
 
 }  // namespace
@@ -44,7 +35,7 @@ void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double
   call.gain = gain;
   call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
   call.channels_last = call.out.stride_x != 1;
-  call.streaming = may_stream(call, lateral.numel());
+  call.streaming = may_stream(out, dtype);
   const int64_t batch = lateral.size(0), height = call.lateral.height, width = call.lateral.width;
   const int64_t units = call.channels_last ? batch * height : batch * call.channels * height;
   const int64_t elements = call.channels_last ? width * call.channels : width;

@@ -2,6 +2,7 @@
 // always in the same order.  Where asked, also the sums of grad for the bias.  Compiled once a level (FPN_LEVEL).
 
 #include "kernels.h"
+#include "rows.h"
 #include "vectors.h"
 
 namespace {
@@ -12,13 +13,6 @@ using fpn::cpu::line_bytes;
 
 inline const float* weights(const AdjointAxis& axis, float) { return axis.weight; }
 inline const double* weights(const AdjointAxis& axis, double) { return axis.weight64; }
-
-template <class T>
-const T* packed(const T* from, int64_t stride, int64_t count, T* line) {
-  if (stride == 1) return from;
-  for (int64_t i = 0; i < count; ++i) line[i] = from[i * stride];
-  return line;
-}
 
 // A vector of sums from a map; float32 maps are summed in float64 where V says so.
 template <class V, class T>

@@ -144,6 +144,37 @@ def merge_backward(
     return grad_top if own is None else grad_top.add_(own), sum_per_channel(grad, gain)
 
 
+def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+    out = allocate(first.shape, first, result_format(first))
+    size = (first.shape[2], first.shape[3])
+    sums = out if out.dtype not in _HALVES else torch.empty_like(out, dtype=torch.float32)
+    torch.mul(first.to(sums.dtype), factors[0], out=sums)
+    for index, other in enumerate((second, third), start=1):
+        if other is not None:
+            other = other.to(sums.dtype)
+            resized = other if other.shape == first.shape else _resize(other, size, mode)
+            sums.add_(resized * factors[index])
+    return out if sums is out else out.copy_(sums)
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of the products of two maps, summed in float32 (float64 for float64).  Differentiable."""
+    dtype = _sum_dtype(left.dtype)
+    return (left.to(dtype) * right.to(dtype)).sum()
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """``factor * grad``, rounded once.  Differentiable.
+
+    A product of the two as they are would round the factor of 16-bit maps to 16 bits first.
+    """
+    return (grad.to(factor.dtype) * factor).to(grad.dtype)
+
+
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    return scaled(grad, factor).contiguous(memory_format=result_format(grad)), inner_product(grad, input)
+
+
 def _serves_all(*arguments: object) -> None:
     return None
 
@@ -153,6 +184,9 @@ BACKEND = Backend(
     unavailable=lambda: None,
     implementations={
         run.__name__: Implementation(run, _serves_all)
-        for run in (upsample_add, upsample_add_backward, lateral_connection, merge_backward)
+        for run in (
+            *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
+            *(weighted_merge, weighted_merge_backward),
+        )
     },
 )

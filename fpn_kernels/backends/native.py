@@ -63,6 +63,20 @@ def merge_backward(
     return grad_top if own is None else grad_top.add_(own), grad_bias.to(grad.dtype)
 
 
+def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+    out = allocate(first.shape, first, result_format(first))
+    torch.ops.fpn_kernels_native.weighted_merge.default(first, second, third, factors, _MODE_NUMBERS[mode], out)
+    return out
+
+
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    grad_input = allocate(grad.shape, grad, result_format(grad))
+    # The library adds up in float64; rounded here, once.
+    grad_factor = torch.empty((), dtype=torch.float64)
+    torch.ops.fpn_kernels_native.weighted_merge_backward.default(grad, input, factor, grad_input, grad_factor)
+    return grad_input, grad_factor.to(factor.dtype)
+
+
 def _accumulate(
     feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, mode: int, gain: float, out: Tensor
 ) -> None:
@@ -151,7 +165,10 @@ def _refusal_but_on_the_cpu(tensor: Tensor, *_: object) -> str | None:
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     **{run.__name__: Implementation(run, _refusal) for run in (upsample_add, upsample_add_backward)},
-    **{run.__name__: Implementation(run, _refusal_but_on_the_cpu) for run in (lateral_connection, merge_backward)},
+    **{
+        run.__name__: Implementation(run, _refusal_but_on_the_cpu)
+        for run in (lateral_connection, merge_backward, weighted_merge, weighted_merge_backward)
+    },
 }
 
 BACKEND = Backend(name="native", unavailable=load_error, implementations=_IMPLEMENTATIONS)

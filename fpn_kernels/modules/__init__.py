@@ -1,9 +1,10 @@
-"""The modules: the pyramid, its extra levels, and a ResNet with its pyramid."""
+"""The modules: the pyramid, its extra levels, a ResNet with its pyramid, and the merge of a BiFPN."""
 
 from fpn_kernels.modules.batch_norm import FrozenBatchNorm2d
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork
 from fpn_kernels.modules.resnet_fpn import ResNetFPN, resnet50_fpn, resnet101_fpn
+from fpn_kernels.modules.weighted_merge import WeightedMerge
 
 __all__ = [
     "ExtraFPNBlock",
@@ -12,6 +13,7 @@ __all__ = [
     "LastLevelMaxPool",
     "LastLevelP6P7",
     "ResNetFPN",
+    "WeightedMerge",
     "resnet50_fpn",
     "resnet101_fpn",
 ]

@@ -6,6 +6,16 @@ from fpn_kernels.operators import (
     top_down_pathway,
     upsample_add,
     upsample_add_backward,
+    weighted_merge,
+    weighted_merge_backward,
 )
 
-__all__ = ["lateral_connection", "merge_backward", "top_down_pathway", "upsample_add", "upsample_add_backward"]
+__all__ = [
+    "lateral_connection",
+    "merge_backward",
+    "top_down_pathway",
+    "upsample_add",
+    "upsample_add_backward",
+    "weighted_merge",
+    "weighted_merge_backward",
+]

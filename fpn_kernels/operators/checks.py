@@ -5,6 +5,7 @@ Each message names the argument, what was wanted and what came.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fpn_kernels.resampling import MODES
 
+NORMALIZATIONS = ("relu", "softmax")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -76,6 +78,67 @@ def check_adjoint(grad: Tensor, top_size: Sequence[int], mode: str, own: Tensor 
     wanted = [*grad.shape[:2], *top_size]
     if list(own.shape) != wanted:
         raise ValueError(f"own: expected the shape {wanted}, got {_shape(own)}")
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that sums over a map are carried in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_normalization(normalization: object, eps: object) -> None:
+    """How weights are made to add up to one, or nearly so."""
+    if normalization not in NORMALIZATIONS:
+        wanted = ", ".join(map(repr, NORMALIZATIONS))
+        raise ValueError(f"normalization: expected one of {wanted}, got {normalization!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps!r}")
+
+
+def check_weights(name: str, weights: Tensor, count: int) -> None:
+    """One floating-point number for each of `count` maps."""
+    if not weights.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {weights.dtype}")
+    if weights.dim() != 1 or weights.shape[0] != count:
+        raise ValueError(f"{name}: expected the shape [{count}], one number a map, got {_shape(weights)}")
+
+
+def check_weighted_merge(inputs: Sequence[Tensor], factors: Tensor, mode: str) -> None:
+    check_mode(mode)
+    first = inputs[0]
+    check_map("inputs[0]", first)
+    for index, tensor in enumerate(inputs[1:], start=1):
+        name = f"inputs[{index}]"
+        check_map(name, tensor)
+        check_alike(name, tensor, "inputs[0]", first)
+        if tensor.shape[0] != first.shape[0] or tensor.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{name}: expected the batch and channels of inputs[0], [{first.shape[0]}, {first.shape[1]}, h, w], "
+                f"got {_shape(tensor)}"
+            )
+    check_weights("factors", factors, len(inputs))
+    _check_sum_dtype("factors", factors, first)
+
+
+def _check_sum_dtype(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != sum_dtype(like):
+        raise TypeError(
+            f"{name}: expected {sum_dtype(like)}, in which maps of {like.dtype} are summed, got {tensor.dtype}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected the device of the maps, {like.device}, got {tensor.device}")
+
+
+def check_weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> None:
+    check_map("grad", grad)
+    check_map("input", input)
+    check_alike("input", input, "grad", grad)
+    if input.shape != grad.shape:
+        raise ValueError(f"input: expected the shape of grad, {_shape(grad)}, got {_shape(input)}")
+    if factor.dim() != 0:
+        raise ValueError(f"factor: expected a single number (no dimensions), got the shape {_shape(factor)}")
+    _check_sum_dtype("factor", factor, grad)
 
 
 def check_lateral_connection(

@@ -32,14 +32,17 @@ def differentiable(qualified: str, backward: Callable[..., Any], setup_context: 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def autocast(qualified: str) -> None:
-    """Makes an operator run in the autocast dtype: each float tensor is cast, except float64 (as in ATen)."""
+def autocast(qualified: str, maps: int | None = None) -> None:
+    """Makes an operator run in the autocast dtype: each float tensor is cast, except float64 (as in ATen).
+
+    Where `maps` is given, only that many of the leading arguments are cast; the others keep their dtype.
+    """
     name = qualified.split("::")[1]
     for device_type, key in _AUTOCAST_KEYS.items():
-        LIBRARY.impl(name, _autocast_kernel(name, device_type, key), key)
+        LIBRARY.impl(name, _autocast_kernel(name, device_type, key, maps), key)
 
 
-def _autocast_kernel(name: str, device_type: str, key: str) -> Callable[..., Any]:
+def _autocast_kernel(name: str, device_type: str, key: str, maps: int | None) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(*arguments: Any, **keywords: Any) -> Any:
@@ -53,6 +56,7 @@ def _autocast_kernel(name: str, device_type: str, key: str) -> Callable[..., Any
             return value if value.dtype == torch.float64 else value.to(dtype)
 
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return getattr(torch.ops.fpn_kernels, name)(*map(cast, arguments), **keywords)
+            cut = len(arguments) if maps is None else maps
+            return getattr(torch.ops.fpn_kernels, name)(*map(cast, arguments[:cut]), *arguments[cut:], **keywords)
 
     return kernel

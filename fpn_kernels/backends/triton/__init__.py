@@ -7,6 +7,9 @@
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
     merge_backward.py           grad_top and grad_bias in one pass
     lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product
+    weighted_merge.py           two or three maps by factors that stay on the device
+    weighted_merge_backward.py  what one of them and its factor are owed
+    resized.py                  a tile of a map that is resized on the way
     compiled.py                 every configuration of every kernel, for compilation ahead of time
 
 Importing this package does not import Triton: a kernel's file is imported at its first launch.
@@ -44,6 +47,8 @@ BACKEND = Backend(
             ("upsample_add_backward", eligibility.upsample_add_backward),
             ("lateral_connection", eligibility.lateral_connection),
             ("merge_backward", eligibility.merge_backward),
+            ("weighted_merge", eligibility.weighted_merge),
+            ("weighted_merge_backward", eligibility.weighted_merge_backward),
         )
     },
 )

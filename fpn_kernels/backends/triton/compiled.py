@@ -24,7 +24,8 @@ class Variant:
         attrs: Triton's argument attributes: base pointers are 16-byte aligned where the tensors are dense.
         options: num_warps and the like.
         description: what it serves; a test's name.
-        wide: instructions (LDG, STG, LDGSTS) that are all expected to move 16 bytes.
+        wide: instructions (LDG, STG, LDGSTS) that are all expected to move 16 bytes, and how many of each may move
+            a single number instead.
         matrix_product: tensor-core instructions are expected.
     """
 
@@ -34,7 +35,7 @@ class Variant:
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     options: Mapping[str, Any]
     description: str
-    wide: tuple[str, ...] = ()
+    wide: Mapping[str, int] = dataclasses.field(default_factory=dict)
     matrix_product: bool = False
 
 
@@ -47,7 +48,7 @@ def variant(
     description: str,
     *,
     aligned: bool,
-    wide: tuple[str, ...] = (),
+    wide: Mapping[str, int] | tuple[str, ...] = (),
     matrix_product: bool = False,
 ) -> Variant:
     """Describes one compilation: what is neither a pointer, a float nor a constexpr is an i32."""
@@ -62,12 +63,24 @@ def variant(
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in floats else "i32"
-    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, wide, matrix_product)
+    allowed = wide if isinstance(wide, Mapping) else dict.fromkeys(wide, 0)
+    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, allowed, matrix_product)
 
 
 def all_variants() -> Iterator[Variant]:
     """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
-    from fpn_kernels.backends.triton import lateral_connection, merge_backward, upsample_add, upsample_add_backward
+    from fpn_kernels.backends.triton import (
+        lateral_connection,
+        merge_backward,
+        upsample_add,
+        upsample_add_backward,
+        weighted_merge,
+        weighted_merge_backward,
+    )
 
-    for module in (upsample_add, upsample_add_backward, merge_backward, lateral_connection):
-        yield from module.variants()
+    yield from upsample_add.variants()
+    yield from upsample_add_backward.variants()
+    yield from merge_backward.variants()
+    yield from lateral_connection.variants()
+    yield from weighted_merge.variants()
+    yield from weighted_merge_backward.variants()

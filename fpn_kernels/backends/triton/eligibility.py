@@ -84,6 +84,11 @@ def _rows_refusal(channels: int, height: int) -> str | None:
     return None if rows < 2**30 else f"{rows} image rows: the kernels count the rows of an image in int32"
 
 
+def _pixels_refusal(height: int, width: int) -> str | None:
+    few = height * width < 2**30
+    return None if few else "a map of 2**30 pixels or more: the kernel counts the pixels of a map in int32"
+
+
 def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> str | None:
     return (
         _tensor_refusal(lateral)
@@ -104,6 +109,22 @@ def merge_backward(grad: Tensor, top_size: tuple[int, int], own: Tensor | None, 
     return upsample_add_backward(grad, top_size, mode, gain)
 
 
+def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> str | None:
+    resized = [x for x in (second, third) if x is not None and x.shape != first.shape]
+    if len(resized) > 1:
+        return "two maps to be resized: the kernels resize one at most"
+    top = resized[0] if resized else first
+    return (
+        _tensor_refusal(first)
+        or _side_refusal(*top.shape[2:], *first.shape[2:])
+        or _rows_refusal(first.shape[1], first.shape[2])
+    )
+
+
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> str | None:
+    return _tensor_refusal(grad) or _rows_refusal(grad.shape[1], grad.shape[2]) or _pixels_refusal(*grad.shape[2:])
+
+
 def lateral_connection(
     feature: Tensor,
     weight: Tensor,
@@ -116,6 +137,4 @@ def lateral_connection(
     refusal = _tensor_refusal(feature)
     if refusal is None and top is not None:
         refusal = _side_refusal(*top.shape[2:], *feature.shape[2:]) or _rows_refusal(weight.shape[0], feature.shape[2])
-    if refusal is None and feature.shape[2] * feature.shape[3] >= 2**30:
-        refusal = "a map of 2**30 pixels or more: the kernel counts the pixels of a map in int32"
-    return refusal
+    return refusal or _pixels_refusal(*feature.shape[2:])

@@ -24,10 +24,8 @@ from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
-    bilinear_source,
     kernel,
     known_multiple,
-    nearest_source,
     rounded,
     row_tile_of,
     rows_of,
@@ -35,6 +33,7 @@ from fpn_kernels.backends.triton.device import (
     tile_of,
     widened,
 )
+from fpn_kernels.backends.triton.resized import resized_pixels, resized_rows
 
 _RUN_TIME = [
     *("channels", "height", "width", "top_height", "top_width"),
@@ -146,26 +145,10 @@ def merge_channels(
         inside = inside & (x < width)[:, None]
         lateral_start = start_of(lateral, n, y, lateral_n, lateral_y, LATERAL, WIDE)
         value = tl.load(lateral_start + row_tile_of(x, c, lateral_x, lateral_c, LATERAL, WIDE), mask=inside)
-        if MODE == "bilinear":
-            y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
-            x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
-            upper = start_of(top, n, y0, top_n, top_y, TOP, WIDE)
-            lower = start_of(top, n, y1, top_n, top_y, TOP, WIDE)
-            left = row_tile_of(x0, c, top_x, top_c, TOP, WIDE)
-            right = row_tile_of(x1, c, top_x, top_c, TOP, WIDE)
-            upper_left = tl.load(upper + left, mask=inside)
-            upper_right = tl.load(upper + right, mask=inside)
-            lower_left = tl.load(lower + left, mask=inside)
-            lower_right = tl.load(lower + right, mask=inside)
-            x_of_right = weight_x[:, None]
-            upper_row = (1.0 - x_of_right) * upper_left.to(tl.float32) + x_of_right * upper_right.to(tl.float32)
-            lower_row = (1.0 - x_of_right) * lower_left.to(tl.float32) + x_of_right * lower_right.to(tl.float32)
-            coarse = (1.0 - weight_y) * upper_row + weight_y * lower_row
-        else:
-            source_y = nearest_source(y, scale_y, top_height, MODE)
-            source_x = nearest_source(x, scale_x, top_width, MODE)
-            top_start = start_of(top, n, source_y, top_n, top_y, TOP, WIDE)
-            coarse = tl.load(top_start + row_tile_of(source_x, c, top_x, top_c, TOP, WIDE), mask=inside).to(tl.float32)
+        coarse = resized_pixels(
+            top, n, y, x, c, scale_y, scale_x, top_height, top_width, top_n, top_c, top_y, top_x,
+            inside, MODE, TOP, WIDE,
+        )  # fmt: skip
         result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
         out_start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
         tl.store(out_start + row_tile_of(x, c, out_x, out_c, OUT, WIDE), result, mask=inside)
@@ -222,27 +205,9 @@ def merge_planes(
         inside = (c < channels)[:, None] & (x < width)[None, :]
         lateral_rows = rows_of(c, y, lateral_c, lateral_y, LATERAL, WIDE)
         value = tl.load(lateral_start + tile_of(lateral_rows, x, lateral_x, LATERAL, WIDE), mask=inside)
-        # The coarse pixels of neighbours are not neighbours themselves: their column stride is never taken as 1.
-        if MODE == "bilinear":
-            y0, y1, weight_y = bilinear_source(y, scale_y, top_height)
-            x0, x1, weight_x = bilinear_source(x, scale_x, top_width)
-            upper_rows = rows_of(c, y0, top_c, top_y, 0, WIDE)
-            lower_rows = rows_of(c, y1, top_c, top_y, 0, WIDE)
-            upper_left = tl.load(top_start + tile_of(upper_rows, x0, top_x, 0, WIDE), mask=inside)
-            upper_right = tl.load(top_start + tile_of(upper_rows, x1, top_x, 0, WIDE), mask=inside)
-            lower_left = tl.load(top_start + tile_of(lower_rows, x0, top_x, 0, WIDE), mask=inside)
-            lower_right = tl.load(top_start + tile_of(lower_rows, x1, top_x, 0, WIDE), mask=inside)
-            x_of_right = weight_x[None, :]
-            y_of_lower = weight_y[:, None]
-            upper_row = (1.0 - x_of_right) * upper_left.to(tl.float32) + x_of_right * upper_right.to(tl.float32)
-            lower_row = (1.0 - x_of_right) * lower_left.to(tl.float32) + x_of_right * lower_right.to(tl.float32)
-            coarse = (1.0 - y_of_lower) * upper_row + y_of_lower * lower_row
-        else:
-            source_y = nearest_source(y, scale_y, top_height, MODE)
-            source_x = nearest_source(x, scale_x, top_width, MODE)
-            coarse_rows = rows_of(c, source_y, top_c, top_y, 0, WIDE)
-            coarse = tl.load(top_start + tile_of(coarse_rows, source_x, top_x, 0, WIDE), mask=inside)
-            coarse = coarse.to(tl.float32)
+        coarse = resized_rows(
+            top_start, c, y, x, scale_y, scale_x, top_height, top_width, top_c, top_y, top_x, inside, MODE, WIDE
+        )
         result = rounded(gain * (value.to(tl.float32) + coarse), DTYPE)
         out_rows = rows_of(c, y, out_c, out_y, OUT, WIDE)
         tl.store(out_start + tile_of(out_rows, x, out_x, OUT, WIDE), result, mask=inside)

@@ -1,0 +1,330 @@
+"""`weighted_merge`: two or three maps times their factors, in one pass, summed in float32 and rounded once.
+
+The walks, and the tiles of coarse pixels at ratio 2, are those of `upsample_add`.  One map at most is resized; it goes
+last, after the *middle* one of three, which like the first has the result's own size.  The factors are read by the
+programs: the host never waits for them.
+"""
+
+# ruff: noqa: N803, N806 - Triton's idiom: constexprs in capitals, and a branch for each
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton.language as tl
+from torch import Tensor
+
+from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
+from fpn_kernels.backends.triton.device import (
+    device_function,
+    kernel,
+    known_multiple,
+    rounded,
+    row_tile_of,
+    rows_of,
+    start_of,
+    tile_of,
+    widened,
+)
+from fpn_kernels.backends.triton.resized import resized_pixels, resized_rows
+from fpn_kernels.backends.triton.upsample_add import TileConfig, fitting, reading_of, walk_of
+
+_RUN_TIME = [
+    *("last_factor", "channels", "height", "width", "last_height", "last_width"),
+    *("first_n", "first_c", "first_y", "first_x"),
+    *("middle_n", "middle_c", "middle_y", "middle_x"),
+    *("last_n", "last_c", "last_y", "last_x"),
+    *("out_n", "out_c", "out_y", "out_x"),
+    *("row_tiles", "column_tiles"),
+]
+
+READINGS = ("same", "pairs", "nearest", "bilinear")
+
+# (walk, how the last map is read, bytes of an element) -> tiles, the longest first; of coarse pixels for "pairs".  As
+# for `upsample_add`, without its tiles for very few channels: the narrowest BiFPN has 64.
+TABLE = {
+    **{("channels", reading, 2): (TileConfig(8, 256, 4), TileConfig(32, 64, 4)) for reading in ("same", "nearest")},
+    **{("channels", reading, 2): (TileConfig(4, 256, 4), TileConfig(16, 64, 4)) for reading in ("pairs", "bilinear")},
+    **{("channels", reading, 4): (TileConfig(16, 64, 4),) for reading in ("same", "nearest")},
+    **{("channels", reading, 4): (TileConfig(8, 64, 4),) for reading in ("pairs", "bilinear")},
+    **{("planes", "pairs", size): (TileConfig(16, 32, 4),) for size in (2, 4)},
+    **{("planes", reading, 2): (TileConfig(32, 64, 4),) for reading in ("same", "nearest")},
+    **{("planes", reading, 4): (TileConfig(16, 64, 4),) for reading in ("same", "nearest")},
+    **{("planes", "bilinear", size): (TileConfig(16, 64, 4),) for size in (2, 4)},
+}
+
+
+def choose(walk: str, reading: str, element_size: int, columns: int, access: int) -> TileConfig:
+    """The tile for rows of `columns` elements; `access` as for `upsample_add`."""
+    return fitting(TABLE[walk, reading, element_size], columns, access)
+
+
+@device_function
+def pixels_of(
+    base, n, y, x, c, stride_n, stride_c, stride_y, stride_x, inside, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr
+):
+    """Pixels `x` of row `y` of image `n` by channels `c`."""
+    start = start_of(base, n, y, stride_n, stride_y, ALIGNMENT, WIDE)
+    return tl.load(start + row_tile_of(x, c, stride_x, stride_c, ALIGNMENT, WIDE), mask=inside)
+
+
+@device_function
+def image_rows_of(start, c, y, x, stride_c, stride_y, stride_x, inside, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
+    """Columns `x` of the rows `y`, one for each of the channels `c`."""
+    rows = rows_of(c, y, stride_c, stride_y, ALIGNMENT, WIDE)
+    return tl.load(start + tile_of(rows, x, stride_x, ALIGNMENT, WIDE), mask=inside)
+
+
+@device_function
+def summed(first, middle, last, f_first, f_middle, f_last, THIRD: tl.constexpr):
+    """The weighted sum of three tiles, or of the first and the last."""
+    total = f_first * first.to(tl.float32)
+    if THIRD:
+        total += f_middle * middle.to(tl.float32)
+    return total + f_last * last.to(tl.float32)
+
+
+@kernel(_RUN_TIME)
+def weighted_channels(
+    first, middle, last, factors, out, scale_y, scale_x, last_factor,
+    channels, height, width, last_height, last_width,
+    first_n, first_c, first_y, first_x,
+    middle_n, middle_c, middle_y, middle_x,
+    last_n, last_c, last_y, last_x,
+    out_n, out_c, out_y, out_x,
+    row_tiles, column_tiles,
+    READING: tl.constexpr, MODE: tl.constexpr, THIRD: tl.constexpr, WIDE: tl.constexpr,
+    FIRST: tl.constexpr, MIDDLE: tl.constexpr, LAST: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    row_tile = program % row_tiles
+    program = program // row_tiles
+    x = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    channels = known_multiple(known_multiple(known_multiple(known_multiple(channels, FIRST), MIDDLE), LAST), OUT)
+    inside = (c < channels)[None, :]
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    f_first = tl.load(factors)
+    f_last = tl.load(factors + last_factor)
+    f_middle = f_first
+    if THIRD:
+        f_middle = tl.load(factors + (3 - last_factor))
+    if READING == "pairs":
+        y = program % last_height
+        n = program // last_height
+        inside = inside & (x < last_width)[:, None]
+        coarse = pixels_of(last, n, y, x, c, last_n, last_c, last_y, last_x, inside, LAST, WIDE)
+        # All loads come before the first store, behind which none of them could be moved.
+        upper_left = pixels_of(first, n, 2 * y, 2 * x, c, first_n, first_c, first_y, first_x, inside, FIRST, WIDE)
+        upper_right = pixels_of(first, n, 2 * y, 2 * x + 1, c, first_n, first_c, first_y, first_x, inside, FIRST, WIDE)
+        lower_left = pixels_of(first, n, 2 * y + 1, 2 * x, c, first_n, first_c, first_y, first_x, inside, FIRST, WIDE)
+        lower_right = pixels_of(
+            first, n, 2 * y + 1, 2 * x + 1, c, first_n, first_c, first_y, first_x, inside, FIRST, WIDE
+        )
+        m_upper_left, m_upper_right, m_lower_left, m_lower_right = upper_left, upper_right, lower_left, lower_right
+        if THIRD:
+            m_upper_left = pixels_of(
+                middle, n, 2 * y, 2 * x, c, middle_n, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE
+            )
+            m_upper_right = pixels_of(
+                middle, n, 2 * y, 2 * x + 1, c, middle_n, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE
+            )
+            m_lower_left = pixels_of(
+                middle, n, 2 * y + 1, 2 * x, c, middle_n, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE
+            )
+            m_lower_right = pixels_of(
+                middle, n, 2 * y + 1, 2 * x + 1, c, middle_n, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE
+            )
+        upper = start_of(out, n, 2 * y, out_n, out_y, OUT, WIDE)
+        lower = start_of(out, n, 2 * y + 1, out_n, out_y, OUT, WIDE)
+        left = row_tile_of(2 * x, c, out_x, out_c, OUT, WIDE)
+        right = row_tile_of(2 * x + 1, c, out_x, out_c, OUT, WIDE)
+        result = summed(upper_left, m_upper_left, coarse, f_first, f_middle, f_last, THIRD)
+        tl.store(upper + left, rounded(result, DTYPE), mask=inside)
+        result = summed(upper_right, m_upper_right, coarse, f_first, f_middle, f_last, THIRD)
+        tl.store(upper + right, rounded(result, DTYPE), mask=inside)
+        result = summed(lower_left, m_lower_left, coarse, f_first, f_middle, f_last, THIRD)
+        tl.store(lower + left, rounded(result, DTYPE), mask=inside)
+        result = summed(lower_right, m_lower_right, coarse, f_first, f_middle, f_last, THIRD)
+        tl.store(lower + right, rounded(result, DTYPE), mask=inside)
+    else:
+        y = program % height
+        n = program // height
+        inside = inside & (x < width)[:, None]
+        value = pixels_of(first, n, y, x, c, first_n, first_c, first_y, first_x, inside, FIRST, WIDE)
+        m_value = value
+        if THIRD:
+            m_value = pixels_of(middle, n, y, x, c, middle_n, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE)
+        if READING == "same":
+            other = pixels_of(last, n, y, x, c, last_n, last_c, last_y, last_x, inside, LAST, WIDE).to(tl.float32)
+        else:
+            other = resized_pixels(
+                last, n, y, x, c, scale_y, scale_x, last_height, last_width, last_n, last_c, last_y, last_x,
+                inside, MODE, LAST, WIDE,
+            )  # fmt: skip
+        result = rounded(summed(value, m_value, other, f_first, f_middle, f_last, THIRD), DTYPE)
+        start = start_of(out, n, y, out_n, out_y, OUT, WIDE)
+        tl.store(start + row_tile_of(x, c, out_x, out_c, OUT, WIDE), result, mask=inside)
+
+
+@kernel(_RUN_TIME)
+def weighted_planes(
+    first, middle, last, factors, out, scale_y, scale_x, last_factor,
+    channels, height, width, last_height, last_width,
+    first_n, first_c, first_y, first_x,
+    middle_n, middle_c, middle_y, middle_x,
+    last_n, last_c, last_y, last_x,
+    out_n, out_c, out_y, out_x,
+    row_tiles, column_tiles,
+    READING: tl.constexpr, MODE: tl.constexpr, THIRD: tl.constexpr, WIDE: tl.constexpr,
+    FIRST: tl.constexpr, MIDDLE: tl.constexpr, LAST: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column_tile = program % column_tiles
+    program = program // column_tiles
+    # Rows of all channels, one after another: a tile may span several small planes.
+    row = (program % row_tiles) * ROWS + tl.arange(0, ROWS)
+    n = program // row_tiles
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    first = first + widened(n, WIDE) * known_multiple(first_n, FIRST)
+    middle = middle + widened(n, WIDE) * known_multiple(middle_n, MIDDLE)
+    last = last + widened(n, WIDE) * known_multiple(last_n, LAST)
+    out = out + widened(n, WIDE) * known_multiple(out_n, OUT)
+    width = known_multiple(known_multiple(known_multiple(width, FIRST), MIDDLE), OUT)
+    x = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    f_first = tl.load(factors)
+    f_last = tl.load(factors + last_factor)
+    f_middle = f_first
+    if THIRD:
+        f_middle = tl.load(factors + (3 - last_factor))
+    if READING == "pairs":
+        c = row // last_height
+        y = row - c * last_height
+        rows_inside = (c < channels)[:, None]
+        fine_x = column_tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        coarse_inside = rows_inside & (x < known_multiple(last_width, LAST))[None, :]
+        inside = rows_inside & (fine_x < width)[None, :]
+        coarse = image_rows_of(last, c, y, x, last_c, last_y, last_x, coarse_inside, LAST, WIDE)
+        upper = image_rows_of(first, c, 2 * y, fine_x, first_c, first_y, first_x, inside, FIRST, WIDE)
+        lower = image_rows_of(first, c, 2 * y + 1, fine_x, first_c, first_y, first_x, inside, FIRST, WIDE)
+        m_upper, m_lower = upper, lower
+        if THIRD:
+            m_upper = image_rows_of(middle, c, 2 * y, fine_x, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE)
+            m_lower = image_rows_of(middle, c, 2 * y + 1, fine_x, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE)
+        coarse = tl.interleave(coarse, coarse)
+        upper = rounded(summed(upper, m_upper, coarse, f_first, f_middle, f_last, THIRD), DTYPE)
+        lower = rounded(summed(lower, m_lower, coarse, f_first, f_middle, f_last, THIRD), DTYPE)
+        upper_rows = rows_of(c, 2 * y, out_c, out_y, OUT, WIDE)
+        lower_rows = rows_of(c, 2 * y + 1, out_c, out_y, OUT, WIDE)
+        tl.store(out + tile_of(upper_rows, fine_x, out_x, OUT, WIDE), upper, mask=inside)
+        tl.store(out + tile_of(lower_rows, fine_x, out_x, OUT, WIDE), lower, mask=inside)
+    else:
+        c = row // height
+        y = row - c * height
+        inside = (c < channels)[:, None] & (x < width)[None, :]
+        value = image_rows_of(first, c, y, x, first_c, first_y, first_x, inside, FIRST, WIDE)
+        m_value = value
+        if THIRD:
+            m_value = image_rows_of(middle, c, y, x, middle_c, middle_y, middle_x, inside, MIDDLE, WIDE)
+        if READING == "same":
+            other = image_rows_of(last, c, y, x, last_c, last_y, last_x, inside, LAST, WIDE).to(tl.float32)
+        else:
+            other = resized_rows(
+                last, c, y, x, scale_y, scale_x, last_height, last_width, last_c, last_y, last_x, inside, MODE, WIDE
+            )
+        result = rounded(summed(value, m_value, other, f_first, f_middle, f_last, THIRD), DTYPE)
+        tl.store(out + tile_of(rows_of(c, y, out_c, out_y, OUT, WIDE), x, out_x, OUT, WIDE), result, mask=inside)
+
+
+def launch(
+    first: Tensor, middle: Tensor | None, last: Tensor, last_factor: int, factors: Tensor, out: Tensor, mode: str
+) -> None:
+    """Writes the weighted sum into `out`; `last_factor` is the place of the last map's factor, 1 or 2."""
+    batch, channels, height, width = first.shape
+    last_height, last_width = last.shape[2:]
+    walk = walk_of(out)
+    reading = "same" if last.shape == first.shape else reading_of(mode, (last_height, last_width), (height, width))
+    pairs = reading == "pairs"
+    third = middle is not None
+    same_size = {"FIRST": first, "MIDDLE": first if middle is None else middle, "OUT": out}
+    if walk == "channels":
+        launched, columns, outer = weighted_channels, channels, batch * (last_height if pairs else height)
+        rows = last_width if pairs else width
+        alignments = {name: geometry.alignment(x, 1, channels) for name, x in (*same_size.items(), ("LAST", last))}
+    else:
+        launched, outer = weighted_planes, batch
+        rows, columns = (channels * last_height, last_width) if pairs else (channels * height, width)
+        alignments = {name: geometry.alignment(x, 3, width) for name, x in same_size.items()}
+        # A map that is resized otherwise is gathered element by element.
+        alignments["LAST"] = geometry.alignment(last, 3, last_width) if reading in ("same", "pairs") else 0
+    gathered = walk == "planes" and reading in ("nearest", "bilinear")
+    access = min(a for name, a in alignments.items() if name != "LAST" or not gathered)
+    config = choose(walk, reading, first.element_size(), columns, access)
+    row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
+    with geometry.device_guard(first):
+        launched[(row_tiles * column_tiles * outer,)](
+            *(first, same_size["MIDDLE"], last, factors.contiguous(), out),
+            *(geometry.scale(last_height, height), geometry.scale(last_width, width)),
+            *(last_factor, channels, height, width, last_height, last_width),
+            *geometry.strides(first),
+            *geometry.strides(same_size["MIDDLE"]),
+            *geometry.strides(last),
+            *geometry.strides(out),
+            *(row_tiles, column_tiles),
+            READING=reading,
+            MODE=mode if reading in ("nearest", "bilinear") else "nearest",
+            THIRD=third,
+            WIDE=geometry.needs_int64(first, same_size["MIDDLE"], last, out),
+            **alignments,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            num_warps=config.num_warps,
+            # Products are rounded before they are summed, as on the CPU and under the interpreter.
+            enable_fp_fusion=False,
+        )
+
+
+def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+    out = allocate(first.shape, first, result_format(first))
+    if third is None:
+        launch(first, None, second, 1, factors, out, mode)
+    elif second.shape == first.shape:
+        launch(first, second, third, 2, factors, out, mode)
+    else:
+        launch(first, third, second, 1, factors, out, mode)
+    return out
+
+
+def variants() -> Iterator[Variant]:
+    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
+    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
+    cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
+    for (walk, reading, size), config, alignment in cases:
+        gathered = walk == "planes" and reading in ("nearest", "bilinear")
+        for third in (False, True):
+            yield variant(
+                weighted_channels if walk == "channels" else weighted_planes,
+                {**dict.fromkeys(("first", "middle", "last", "out"), POINTER_TYPES[size]), "factors": "*fp32"},
+                ("scale_y", "scale_x"),
+                {
+                    **{"READING": reading, "MODE": "bilinear" if reading == "bilinear" else "nearest"},
+                    **{"THIRD": third, "WIDE": alignment == 0},
+                    **{"FIRST": alignment, "MIDDLE": alignment, "LAST": 0 if gathered else alignment, "OUT": alignment},
+                    **{"ROWS": config.rows, "COLUMNS": config.columns},
+                },
+                {"num_warps": config.num_warps, "enable_fp_fusion": False},
+                f"weighted_merge-{walk}-{reading}-{'three' if third else 'two'}-{8 * size}bit"
+                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}",
+                aligned=alignment > 0,
+                # The factors are single numbers; in the planes a coarse map is read in shorter runs, or gathered.
+                wide={"STG": 0, **({"LDG": 2 + third} if walk == "channels" or reading == "same" else {})}
+                if alignment
+                else {},
+            )

@@ -1,0 +1,46 @@
+"""The merge of a BiFPN: learned weights over two or three maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fpn_kernels.functional import weighted_merge
+from fpn_kernels.operators import checks
+
+
+class WeightedMerge(nn.Module):
+    """Merges two or three maps with weights of its own (EfficientDet, arXiv 1911.09070, section 3.3).
+
+    The weights, ``weights`` ``[num_inputs]`` in the `state_dict`, start as ones: an average.
+
+    Args:
+        num_inputs: 2 or 3.
+        normalization: ``"relu"`` (fast normalized fusion) or ``"softmax"`` (softmax-based fusion).
+        eps: added to the sum of the weights in ``"relu"``.
+        mode: how a map of another size than the first is resized, as in `fpn_kernels.upsample_add`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: `num_inputs`, `normalization` or `eps` does not fit.
+    """
+
+    def __init__(
+        self, num_inputs: int = 2, normalization: str = "relu", eps: float = 1e-4, *, mode: str = "nearest"
+    ) -> None:
+        super().__init__()
+        if num_inputs not in (2, 3):
+            raise ValueError(f"num_inputs: expected 2 or 3, got {num_inputs!r}")
+        checks.check_normalization(normalization, eps)
+        checks.check_mode(mode)
+        self.normalization, self.eps, self.mode = normalization, eps, mode
+        self.weights = nn.Parameter(torch.ones(num_inputs))
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The merged map, of the first one's size; see `fpn_kernels.weighted_merge`."""
+        return weighted_merge(inputs, self.weights, normalization=self.normalization, eps=self.eps, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.weights.shape[0]}, normalization={self.normalization!r}, eps={self.eps}, mode={self.mode!r}"
