@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
   m.def("upsample_add(Tensor top, Tensor lateral, int mode, float gain, Tensor(a!) out) -> ()");
   m.def("upsample_add_backward(Tensor grad, int mode, float gain, Tensor(a!) grad_top) -> ()");
   m.def(
-      "merge_backward(Tensor grad, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) -> ()");
+      "merge_backward(Tensor grad, Tensor? own, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) -> ()");
   m.def(
       "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor factors, int mode, Tensor(a!) out) -> ()");
   m.def(

@@ -32,6 +32,13 @@ void weighted_merge(
     Tensor out);
 void weighted_merge_backward(
     const Tensor& grad, const Tensor& input, const Tensor& factor, Tensor grad_input, Tensor grad_factor);
-void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias);
+// own, where there is one, has the strides of grad_top.
+void merge_backward(
+    const Tensor& grad,
+    const std::optional<Tensor>& own,
+    int64_t mode,
+    double gain,
+    Tensor grad_top,
+    Tensor grad_bias);
 
 }  // namespace fpn::cpu

@@ -52,12 +52,14 @@ def test_vector_and_scalar_paths_agree_bit_for_bit(
     for sizes in [*MERGES, WIDE]:
         top = random_map((sizes.batch, sizes.channels, *sizes.top), dtype, layout=layout)
         lateral = random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, layout=layout)
+        own = random_map(top.shape, dtype, layout="nhwc" if "nhwc" in layout else "nchw")
         _on_every_level(
             levels,
-            lambda top=top, lateral=lateral, sizes=sizes: (  # type: ignore[misc]
+            lambda top=top, lateral=lateral, own=own, sizes=sizes: (  # type: ignore[misc]
                 native.upsample_add(top, lateral, mode, 0.7),
                 native.upsample_add_backward(lateral, sizes.top, mode, 0.7),
                 *native.merge_backward(lateral, sizes.top, None, mode, 0.7),
+                *native.merge_backward(lateral, sizes.top, own, mode, 0.7),
             ),
         )
 

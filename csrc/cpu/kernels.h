@@ -83,11 +83,12 @@ struct WeightedMergeBackward {
   double* sums;  // one for each unit
 };
 
-// grad_top = gain * adjoint of the resize; where bias_sums is given, also the sums of grad, in float64.
+// grad_top = own + gain * adjoint of the resize; where bias_sums is given, also the sums of grad, in float64.
 struct UpsampleAddBackward {
   Dtype dtype;
   Map grad;
   Result grad_top;
+  const void* own;  // with the strides of grad_top; or null
   int64_t channels, top_height, top_width;
   AdjointAxis rows, columns;
   double gain;

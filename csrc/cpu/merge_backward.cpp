@@ -32,7 +32,16 @@ std::vector<double> per_channel(
 
 }  // namespace
 
-void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias) {
+void merge_backward(
+    const Tensor& grad,
+    const std::optional<Tensor>& own,
+    int64_t mode,
+    double gain,
+    Tensor grad_top,
+    Tensor grad_bias) {
+  STD_TORCH_CHECK(
+      !own || (own->scalar_type() == grad_top.scalar_type() && own->strides() == grad_top.strides()),
+      "own: expected the dtype and the strides of grad_top");
   STD_TORCH_CHECK(
       grad_bias.scalar_type() == torch::headeronly::ScalarType::Double && grad_bias.is_contiguous(),
       "grad_bias: expected a contiguous float64 tensor");
@@ -40,7 +49,8 @@ void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_t
   const int64_t channels = grad.size(1);
   const int64_t units = backward_units(grad, grad_top, channels_last);
   std::vector<double> sums(units * (channels_last ? channels : 1));
-  gather_gradient(grad, static_cast<Mode>(mode), gain, grad_top, sums.data());
+  gather_gradient(
+      grad, own ? own->const_data_ptr() : nullptr, static_cast<Mode>(mode), gain, grad_top, sums.data());
   const std::vector<double> totals = per_channel(sums, grad.size(0), channels, grad_top.size(2), channels_last);
   double* out = static_cast<double*>(grad_bias.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c) out[c] = gain * totals[c];

@@ -10,12 +10,14 @@ int64_t backward_units(const Tensor& grad, const Tensor& grad_top, bool& channel
   return grad.size(0) * grad_top.size(2) * (channels_last ? 1 : grad.size(1));
 }
 
-void gather_gradient(const Tensor& grad, Mode mode, double gain, const Tensor& grad_top, double* bias_sums) {
+void gather_gradient(
+    const Tensor& grad, const void* own, Mode mode, double gain, const Tensor& grad_top, double* bias_sums) {
   const Dtype dtype = dtype_of(grad);
   UpsampleAddBackward call{};
   call.dtype = dtype;
   call.grad = map_of(grad);
   call.grad_top = result_of(grad_top);
+  call.own = own;
   call.channels = grad.size(1);
   call.top_height = grad_top.size(2);
   call.top_width = grad_top.size(3);
@@ -36,7 +38,7 @@ void gather_gradient(const Tensor& grad, Mode mode, double gain, const Tensor& g
 }
 
 void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top) {
-  gather_gradient(grad, static_cast<Mode>(mode), gain, grad_top, nullptr);
+  gather_gradient(grad, nullptr, static_cast<Mode>(mode), gain, grad_top, nullptr);
 }
 
 }  // namespace fpn::cpu

@@ -59,8 +59,12 @@ def merge_backward(
     grad_top = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
     # The library adds up in float64; rounded here, once.
     grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
-    torch.ops.fpn_kernels_native.merge_backward.default(grad, _MODE_NUMBERS[mode], gain, grad_top, grad_bias)
-    return grad_top if own is None else grad_top.add_(own), grad_bias.to(grad.dtype)
+    # An own gradient that lies in memory as the result does is added in the same pass.
+    alike = own is not None and own.stride() == grad_top.stride()
+    torch.ops.fpn_kernels_native.merge_backward.default(
+        grad, own if alike else None, _MODE_NUMBERS[mode], gain, grad_top, grad_bias
+    )
+    return grad_top if own is None or alike else grad_top.add_(own), grad_bias.to(grad.dtype)
 
 
 def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
