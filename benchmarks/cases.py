@@ -26,20 +26,25 @@ class Image:
 # 800 x 1280 halves evenly; 600 x 900 is the odd case, where the ratio of two levels is not 2.
 EVEN = Image("800x1280", ((200, 320), (100, 160), (50, 80), (25, 40)))
 ODD = Image("600x900", ((150, 225), (75, 113), (38, 57), (19, 29)))
+# Two of EfficientDet's: C2 and C3 of its images, at the width of its BiFPN.
+D0 = Image("D0 512x512", ((128, 128), (64, 64), (32, 32), (16, 16)), out_channels=64)
+D4 = Image("D4 1024x1024", ((256, 256), (128, 128), (64, 64), (32, 32)), out_channels=224)
 TINY = Image("60x90", ((15, 23), (8, 12), (4, 6), (2, 3)), channels=(8, 16, 32, 64), out_channels=8)
 
 
 @dataclass(frozen=True)
 class Spot:
-    """One place in the network: an image, a level of it (None: the whole neck) and an upsampling mode."""
+    """One place in the network: an image, a level of it (None: the whole neck), an upsampling mode, a BiFPN's node."""
 
     image: Image
     level: int | None = None
     mode: str = "nearest"
+    node: str | None = None
 
     def __str__(self) -> str:
         parts = [self.image.name, f"C{self.level}" if self.level else "C2..C5"]
-        return " ".join(parts if self.mode == "nearest" else [*parts, self.mode])
+        parts += [] if self.mode == "nearest" else [self.mode]
+        return " ".join(parts if self.node is None else [*parts, self.node])
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Case:
         return f"{self.spot} b{self.batch} {self.dtype} {self.layout}"
 
 
+# A map and the coarser one; three maps of one size.
+TOP_DOWN, BOTTOM_UP = NODES = ("top-down", "bottom-up")
+
 Grid = Mapping[tuple[str, str], tuple[Spot, ...]]
 
 QUICK: Grid = {
@@ -66,11 +74,17 @@ QUICK: Grid = {
     ("neck", TRAINING): (Spot(ODD),),
     ("upsample_add", FORWARD): (Spot(EVEN, 2), Spot(ODD, 2)),
     ("upsample_add", TRAINING): (Spot(EVEN, 2),),
+    ("weighted_merge", FORWARD): (*(Spot(D0, 3, node=node) for node in NODES), Spot(EVEN, 3, node=TOP_DOWN)),
+    ("weighted_merge", TRAINING): tuple(Spot(D0, 3, node=node) for node in NODES),
 }
 
 # The coarsest level has nothing above it: no upsample_add there, and a lateral_connection without top.
 _MERGES = tuple(Spot(image, level) for image in (EVEN, ODD) for level in (2, 3, 4))
 _BILINEAR = (Spot(EVEN, 2, "bilinear"), Spot(ODD, 2, "bilinear"))
+_NODES = (
+    *(Spot(image, level, node=node) for image, level in ((D0, 3), (D4, 3), (EVEN, 2), (ODD, 3)) for node in NODES),
+    Spot(EVEN, 3, "bilinear", TOP_DOWN),
+)
 _LEVELS = tuple(Spot(image, level) for image in (EVEN, ODD) for level in (2, 3, 4, 5))
 
 FULL: Grid = {
@@ -80,6 +94,8 @@ FULL: Grid = {
     ("neck", TRAINING): (Spot(EVEN), Spot(ODD)),
     ("upsample_add", FORWARD): _MERGES + _BILINEAR,
     ("upsample_add", TRAINING): _MERGES + _BILINEAR,
+    ("weighted_merge", FORWARD): _NODES,
+    ("weighted_merge", TRAINING): _NODES,
 }
 
 SMALLEST: Grid = {
@@ -89,6 +105,8 @@ SMALLEST: Grid = {
     ("neck", TRAINING): (Spot(TINY),),
     ("upsample_add", FORWARD): (Spot(TINY, 2), Spot(TINY, 2, "bilinear")),
     ("upsample_add", TRAINING): (Spot(TINY, 2),),
+    ("weighted_merge", FORWARD): tuple(Spot(TINY, 2, node=node) for node in NODES),
+    ("weighted_merge", TRAINING): tuple(Spot(TINY, 2, node=node) for node in NODES),
 }
 
 

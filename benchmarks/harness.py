@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,14 @@ class Harness:
         with torch.set_grad_enabled(training), provider.selected():
             contender = work.fused if provider.fused else work.eager
             run, eager = provider.wrap(contender.call), work.eager.call
+            twin = work.wide if work.wide and provider.fused else work.eager
             with record_calls() as calls:
-                expected = self._checked(provider, run, eager, work.inputs, exact=work.exact and provider.fused)
+                expected = self._checked(provider, run, twin.call, work.inputs, exact=work.exact and provider.fused)
                 if training:
                     grads = _cotangents(expected)
                     run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
-                    self._checked(provider, run, eager, work.inputs, exact=False)
+                    step = training_step(twin, twin.call, grads)
+                    self._checked(provider, run, step, work.inputs, exact=False, sizes=work.differences)
             self.benchmark.extra_info["served_by"] = _served_by(calls)
             del expected
             baseline = None if provider.name == providers.EAGER else lambda: eager(*work.inputs)
@@ -96,6 +98,7 @@ class Harness:
         eager: Callable[..., Any],
         inputs: tuple[Tensor, ...],
         exact: bool,
+        sizes: Mapping[int, float] | None = None,
     ) -> list[Tensor]:
         """Eager's results, once the provider has been seen to give the same.
 
@@ -112,7 +115,7 @@ class Harness:
             if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
                 providers.skip_failed_compilation(error)
             raise
-        check(actual, expected, exact=exact)
+        check(actual, expected, exact=exact, sizes=sizes)
         return expected
 
     def _time(self, call: Callable[[], Any], baseline: Callable[[], Any] | None = None) -> None:
@@ -161,8 +164,13 @@ class Harness:
         return min(times)
 
 
-def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool) -> None:
-    """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype."""
+def check(
+    actual: list[Tensor], expected: list[Tensor], *, exact: bool, sizes: Mapping[int, float] | None = None
+) -> None:
+    """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype.
+
+    The tolerance is a share of eager's largest value, or of the size that `sizes` has for a result, if that is larger.
+    """
     if len(actual) != len(expected):
         raise WrongResultError(f"{len(actual)} results where eager gives {len(expected)}")
     for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
@@ -178,6 +186,7 @@ def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool) -> None:
         if want.is_cuda and want.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
             tolerance = _TF32
         error, largest = float((got.double() - want.double()).abs().max()), float(want.abs().max())
+        largest = max(largest, (sizes or {}).get(index, 0.0))
         if not error <= tolerance * largest:  # not "error > ...", which a NaN would pass
             raise WrongResultError(
                 f"result {index} is off by {error:.3g} where eager's largest value is {largest:.3g};"

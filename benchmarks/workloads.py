@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class Workload:
         eager, fused: the baseline and the library's call.
         cost: minimal bytes and operations, forward or forward and backward as the case says.
         exact: whether the library promises eager's own bits in the forward.
+        wide: eager's call with its sums in float32, where eager's own roundings to 16 bits may add up to more than
+            the tolerance: the library is then compared with this one.
+        differences: place of an input to the size of the sums that its gradient is a difference of.  Where these
+            cancel, an error is still judged by them.
     """
 
     inputs: tuple[Tensor, ...]
@@ -38,6 +42,8 @@ class Workload:
     fused: Contender
     cost: Cost
     exact: bool = False
+    wide: Contender | None = None
+    differences: Mapping[int, float] = field(default_factory=dict)
 
 
 def dtype_of(case: Case) -> torch.dtype:
@@ -66,6 +72,10 @@ class Maker:
     def weight(self, out_channels: int, in_channels: int) -> Tensor:
         """Of a 1x1 convolution; scaled so that a result is of the order of 1, whatever its fan-in."""
         return self._leaf(self._random(out_channels, in_channels, 1, 1) / in_channels**0.5)
+
+    def fusion_weights(self, count: int) -> Tensor:
+        """Of a weighted merge, before they are normalised; positive, so that each is differentiated."""
+        return self._leaf(self._random(count).abs() + 0.5)
 
     def bias(self, channels: int) -> Tensor:
         return self._leaf(self._random(channels))

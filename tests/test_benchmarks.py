@@ -203,7 +203,7 @@ def test_backends_that_are_here_become_providers_of_their_own() -> None:
 
 def test_selections_hold_what_they_promise() -> None:
     for preset in ("quick", "full"):
-        for operator in ("upsample_add", "lateral_connection", "neck"):
+        for operator in ("upsample_add", "lateral_connection", "neck", "weighted_merge"):
             found = list(cases.select(preset, "cpu").cases(operator))
             assert {case.direction for case in found} == {cases.FORWARD, cases.TRAINING}
             assert {case.dtype for case in found} == {"fp32", "bf16"}
@@ -222,6 +222,10 @@ def test_check_lets_rounding_pass_and_nothing_else() -> None:
         check([want * 1.05], [want], exact=False)
     with pytest.raises(WrongResultError, match="is off by nan"):
         check([want * float("nan")], [want], exact=False)
+    # A difference of two sums of a hundred each, which cancel.
+    check([want * 1.05], [want], exact=False, sizes={0: 100.0})
+    with pytest.raises(WrongResultError, match="is off by"):
+        check([want, want * 1.05], [want, want], exact=False, sizes={0: 100.0})
     with pytest.raises(WrongResultError, match="float32"):
         check([want.float()], [want], exact=False)
     with pytest.raises(WrongResultError, match="0 results where eager gives 1"):
