@@ -23,6 +23,8 @@ bool lateral_connection(
     int64_t mode,
     double gain,
     Tensor out);
+// Whether it served: where not, nothing was written.  out is dense, in either layout whatever the feature's.
+bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out);
 void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias);
 
 }  // namespace fpn::cpu
