@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t chunk = fpn::cpu::chunk;
+constexpr int64_t chunk = 64;
 constexpr int64_t tile_rows = fpn::cpu::tile_rows;
 
 template <int rows, bool unit_k>
