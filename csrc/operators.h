@@ -40,5 +40,7 @@ void merge_backward(
     double gain,
     Tensor grad_top,
     Tensor grad_bias);
+// Whether it served: where not, nothing was written.  out is dense, in either layout whatever the feature's.
+bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out);
 
 }  // namespace fpn::cpu

@@ -117,6 +117,24 @@ struct LateralConnection {
   bool feature_channels_last;
 };
 
+// out = 3x3 convolution of feature (stride 1, padding 1) + bias, by Winograd's F(2x2, 3x3): see output_conv_block.h.
+struct OutputConv {
+  Dtype dtype;
+  Map feature;              // any strides; channels (feature_channels_last) or else pixels read as vectors
+  Result out;
+  const void* weight_from;  // [cout, cin, 3, 3]
+  int64_t weight_strides[4];
+  const void* bias_from;    // [cout], or null
+  int64_t bias_stride;
+  float* weight;            // room for it transformed: [panel][16][cin][panel_columns]
+  float* bias;              // room for it: [panels * panel_columns]
+  int64_t batch, cin, cout;
+  int64_t tiles_down, tiles_across, tiles;  // 2x2 results each: of a map, of a map, of all maps
+  int64_t block;            // tiles in a block
+  bool feature_channels_last;
+  bool channels_last;       // the result
+};
+
 // A tile of sums in registers, rows x columns.
 constexpr int64_t tile_rows = 12;
 constexpr int64_t panel_columns = 32;
@@ -152,6 +170,8 @@ FPN_DECLARE_KERNELS(avx512)
 namespace avx512 {
 void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+void output_conv_weight(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);
+void output_conv_blocks(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);
 }  // namespace avx512
 namespace avx512bf16 {
 void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);

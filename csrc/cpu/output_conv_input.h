@@ -1,0 +1,144 @@
+// The input transform B^T d B of a block of tiles.
+#pragma once
+
+#include "output_conv_block.h"
+
+namespace {
+
+// B^T of four vectors, which stand for four rows or four columns of the tile.
+inline void input_line(__m512 d0, __m512 d1, __m512 d2, __m512 d3, __m512 (&to)[4]) {
+  to[0] = _mm512_sub_ps(d0, d2);
+  to[1] = _mm512_add_ps(d1, d2);
+  to[2] = _mm512_sub_ps(d2, d1);
+  to[3] = _mm512_sub_ps(d1, d3);
+}
+
+// Channels side by side in memory: a vector is sixteen channels of a pixel.  `padding` is a pixel of zeros.
+template <class T>
+void input_channels_last(
+    const OutputConv& call, int64_t first, int64_t count, const TransformedInput& input, const T* padding) {
+  const Map& map = call.feature;
+  over_runs(call, first, count, [&](const Run& run) {
+    const T* data = static_cast<const T*>(map.data) + run.n * map.stride_n;
+    for (int64_t t = 0; t < run.count; ++t) {
+      const T* pixels[4][4];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t y = 2 * run.row - 1 + i;
+        for (int j = 0; j < 4; ++j) {
+          const int64_t x = 2 * (run.column + t) - 1 + j;
+          const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
+          pixels[i][j] = inside ? data + y * map.stride_y + x * map.stride_x : padding;
+        }
+      }
+      float* to = input.data + (run.at + t) * input.tile;
+      const auto step = [&](int64_t c, auto read) {
+        __m512 lines[4][4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          __m512 column[4];
+          input_line(read(pixels[0][j] + c), read(pixels[1][j] + c), read(pixels[2][j] + c), read(pixels[3][j] + c),
+                     column);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          __m512 row[4];
+          input_line(lines[i][0], lines[i][1], lines[i][2], lines[i][3], row);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + (4 * i + j) * input.plane + c, row[j]);
+        }
+      };
+      int64_t c = 0;
+      for (; c + 16 <= call.cin; c += 16) step(c, [](const T* from) { return load(from).v; });
+      if (c < call.cin) {
+        const __mmask16 tail = first_elements(call.cin - c);
+        step(c, [&](const T* from) { return load_masked(from, tail); });
+      }
+    }
+  });
+}
+
+// Up to sixteen tiles side by side: 34 pixels of each of four rows.
+struct Group {
+  int64_t corner;       // from the map's first pixel: that of row 0, column 0, which may lie in the padding
+  uint64_t columns;     // of the 34 that exist
+  unsigned rows;        // of the four that exist
+  __mmask16 tiles;
+  int64_t at;
+};
+
+// A row of a group whose pixels are not side by side, made so.
+template <class T>
+inline void line_up(const T* from, int64_t stride, uint64_t columns, T* to) {
+  for (int j = 0; j < 34; ++j) to[j] = (columns >> j & 1) != 0 ? from[j * stride] : T{};
+}
+
+// Pixels side by side in memory, or at any distance (`strided`): a vector is sixteen tiles of a channel.
+template <class T, bool strided>
+void input_pixels(const OutputConv& call, int64_t first, int64_t count, const TransformedInput& input, Group* groups) {
+  const Map& map = call.feature;
+  int64_t number = 0;
+  over_runs(call, first, count, [&](const Run& run) {
+    for (int64_t t = 0; t < run.count; t += 16) {
+      const int64_t y = 2 * run.row - 1, x = 2 * (run.column + t) - 1;
+      Group& group = groups[number++];
+      group.corner = run.n * map.stride_n + y * map.stride_y + x * map.stride_x;
+      const int64_t right = map.width - x;
+      group.columns = right >= 34 ? (uint64_t{1} << 34) - 1 : (uint64_t{1} << right) - 1;
+      if (x < 0) group.columns &= ~uint64_t{1};
+      group.rows = 0;
+      for (int i = 0; i < 4; ++i) group.rows |= (y + i >= 0 && y + i < map.height ? 1u : 0u) << i;
+      group.tiles = first_elements(run.count - t);
+      group.at = run.at + t;
+    }
+  });
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  constexpr int starts[4] = {0, 16, 2, 18};
+  for (int64_t c = 0; c < call.cin; ++c) {
+    const T* channel = static_cast<const T*>(map.data) + c * map.stride_c;
+    for (int64_t g = 0; g < number; ++g) {
+      const Group& group = groups[g];
+      __m512 pixels[4][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const bool exists = (group.rows >> i & 1) != 0;
+        const T* row = channel + group.corner + i * map.stride_y;
+        uint64_t columns = exists ? group.columns : 0;
+        [[maybe_unused]] T packed[34];
+        if constexpr (strided) {
+          line_up(row, map.stride_x, columns, packed);
+          row = packed;
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          pixels[i][j] = load_masked(row + starts[j], static_cast<__mmask16>(columns >> starts[j]));
+        }
+      }
+      __m512 lines[4][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __m512 column[4];
+        input_line(pixels[0][j], pixels[1][j], pixels[2][j], pixels[3][j], column);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
+      }
+      float* to = input.data + c * input.channel + group.at;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        // Columns 0 and 1 of sixteen tiles are every second pixel from the first on, 2 and 3 from the third on.
+        __m512 row[4];
+        input_line(
+            _mm512_permutex2var_ps(lines[i][0], even, lines[i][1]),
+            _mm512_permutex2var_ps(lines[i][0], odd, lines[i][1]),
+            _mm512_permutex2var_ps(lines[i][2], even, lines[i][3]),
+            _mm512_permutex2var_ps(lines[i][2], odd, lines[i][3]), row);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_masked(to + (4 * i + j) * input.plane, group.tiles, row[j]);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,104 @@
+// The weight transform G g G^T, into panels of output channels in the order in which the products read them.
+#pragma once
+
+#include "output_conv_block.h"
+#include "transposes.h"
+
+namespace {
+
+constexpr int64_t taps = 9;
+
+template <class T>
+float weight_at(const OutputConv& call, int64_t row, int64_t channel, int64_t tap) {
+  const int64_t* strides = call.weight_strides;
+  const int64_t at = row * strides[0] + channel * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+  return single(static_cast<const T*>(call.weight_from)[at]);
+}
+
+// Tap by tap, sixteen output channels from `row` on, zero beyond the last.
+template <class T>
+void gather_taps(const OutputConv& call, int64_t row, int64_t channel, float* to) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t i = 0; i < 16; ++i, ++to) *to = row + i < call.cout ? weight_at<T>(call, row + i, channel, tap) : 0.0f;
+  }
+}
+
+// Sixteen weights side by side for each of sixteen output channels, to lines of output channels `stride` apart.
+template <class T>
+void transpose_weights(const T* from, int64_t row_stride, float* to, int64_t stride) {
+  Register rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_castps_si512(load(from + i * row_stride).v);
+  transpose_registers<4>(rows);
+  for (int i = 0; i < 16; ++i) store_register<false>(to + i * stride, rows[i]);
+}
+
+// The taps of sixteen input channels from `channel` on (those that exist): to[channel][tap][output channel].
+template <class T>
+void gather_weights(const OutputConv& call, int64_t row, int64_t channel, float* to) {
+  const int64_t* strides = call.weight_strides;
+  const T* from = static_cast<const T*>(call.weight_from) + row * strides[0] + channel * strides[1];
+  const bool whole = row + 16 <= call.cout && channel + 16 <= call.cin;
+  if (whole && strides[3] == 1 && strides[2] == 3 && strides[1] == taps) {
+    for (int64_t i = 0; i < taps; ++i) transpose_weights(from + 16 * i, strides[0], to + 256 * i, 16);
+  } else if (whole && strides[1] == 1) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      transpose_weights(from + tap / 3 * strides[2] + tap % 3 * strides[3], strides[0], to + 16 * tap, 16 * taps);
+    }
+  } else {
+    for (int64_t c = channel; c < call.cin && c < channel + 16; ++c, to += 16 * taps) {
+      gather_taps<T>(call, row, c, to);
+    }
+  }
+}
+
+// G of three vectors.
+inline void weight_line(__m512 g0, __m512 g1, __m512 g2, __m512 (&to)[4]) {
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512 ends = _mm512_add_ps(g0, g2);
+  to[0] = g0;
+  to[1] = _mm512_mul_ps(half, _mm512_add_ps(ends, g1));
+  to[2] = _mm512_mul_ps(half, _mm512_sub_ps(ends, g1));
+  to[3] = g2;
+}
+
+// Nine lines of output channels to sixteen, `plane` apart.
+inline void transform_weight(const float* from, float* to, int64_t plane) {
+  __m512 lines[4][3];
+  for (int j = 0; j < 3; ++j) {
+    __m512 column[4];
+    weight_line(_mm512_loadu_ps(from + 16 * j), _mm512_loadu_ps(from + 16 * (3 + j)),
+                _mm512_loadu_ps(from + 16 * (6 + j)), column);
+    for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m512 row[4];
+    weight_line(lines[i][0], lines[i][1], lines[i][2], row);
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + (4 * i + j) * plane, row[j]);
+  }
+}
+
+// A unit is sixteen input channels of a panel of output channels.
+template <class T>
+void transform_weights(const OutputConv& call, int64_t begin, int64_t end) {
+  const int64_t groups = (call.cin + 15) / 16;
+  alignas(64) float raw[16 * taps * 16];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t panel = unit / groups, first = unit % groups * 16;
+    const int64_t channels = call.cin - first < 16 ? call.cin - first : 16;
+    for (int64_t half = 0; half < panel_columns; half += 16) {
+      const int64_t row = panel * panel_columns + half;
+      float* to = call.weight + panel * elements * call.cin * panel_columns + first * panel_columns + half;
+      gather_weights<T>(call, row, first, raw);
+      for (int64_t c = 0; c < channels; ++c) {
+        transform_weight(raw + c * 16 * taps, to + c * panel_columns, call.cin * panel_columns);
+      }
+      if (first != 0) continue;
+      for (int64_t i = row; i < row + 16; ++i) {
+        const bool exists = call.bias_from != nullptr && i < call.cout;
+        call.bias[i] = exists ? single(static_cast<const T*>(call.bias_from)[i * call.bias_stride]) : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace
