@@ -137,7 +137,8 @@ def test_detectron2_odd_sizes_stay_the_error_they_are(size: tuple[int, int]) -> 
 @pytest.mark.parametrize("name", ["mmdet-scale-factor", "sam2-published", "smp-nearest"])
 def test_a_map_of_one_pixel_is_broadcast_as_it_was(name: str) -> None:
     fused, twin = _pair(_case(name))
-    maps = [torch.randn(1, m.shape[1], *size) for m, size in zip(_maps_of(name), [(8, 8), (4, 4), (1, 1), (1, 1)])]
+    channels = [m.shape[1] for m in leaves(_case(name).example())]
+    maps = [torch.randn(1, c, *size) for c, size in zip(channels, [(8, 8), (4, 4), (1, 1), (1, 1)], strict=True)]
     example = tuple(maps) if name.startswith("mmdet") else maps
     errors = []
     for model in (fused, twin):
@@ -146,10 +147,6 @@ def test_a_map_of_one_pixel_is_broadcast_as_it_was(name: str) -> None:
         except RuntimeError as caught:
             errors.append(str(caught))
     assert errors[0] == errors[1]
-
-
-def _maps_of(name: str) -> list[torch.Tensor]:
-    return leaves(_case(name).example())
 
 
 def test_mmdet_wrong_number_of_maps_is_its_own_assertion() -> None:

@@ -38,13 +38,14 @@ _Parts = tuple[nn.Module, nn.Module | None] | None
 
 
 def _conv_module(block: nn.Module) -> _Parts:
-    order = getattr(block, "order", ("conv", "norm", "act"))
     if getattr(block, "with_activation", True) or getattr(block, "with_explicit_padding", False):
         return None
-    if tuple(order)[0] != "conv" and tuple(order) != ("act", "conv", "norm"):
+    if not getattr(block, "with_norm", True):
+        return block.conv, None  # type: ignore[return-value]
+    order = tuple(getattr(block, "order", ("conv", "norm", "act")))
+    if order.index("norm") < order.index("conv"):
         return None
-    norm = block.norm if getattr(block, "with_norm", False) else None
-    return block.conv, _module(norm)  # type: ignore[return-value]
+    return block.conv, _module(block.norm)  # type: ignore[return-value]
 
 
 def _conv_bn_act(block: nn.Module) -> _Parts:

@@ -72,10 +72,8 @@ def first_difference(
         for aspect in ("shape", "dtype", "device"):
             if getattr(left, aspect) != getattr(right, aspect):
                 return Difference(where, f"has {aspect} {getattr(left, aspect)}, but had {getattr(right, aspect)}")
-        if not right.is_floating_point():
-            bound = 0.0
-        else:
-            bound = tolerance(right.dtype, tf32=tf32) if limit is None else limit
+        exact = not right.is_floating_point()
+        bound = 0.0 if exact else tolerance(right.dtype, tf32=tf32) if limit is None else limit
         error = relative_error(left, right)
         if error > bound:
             return Difference(where, f"relative error {error:.3g}, above {bound:.3g} ({right.dtype})")

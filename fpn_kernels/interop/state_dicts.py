@@ -201,8 +201,7 @@ def _identity(lateral_weight: Tensor) -> dict[str, Tensor]:
 
 
 def _is_identity(tensors: Mapping[str, Any]) -> bool:
-    weight = tensors.get("weight")
-    if set(tensors) != {"weight", "bias"} or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+    if set(tensors) != {"weight", "bias"} or tensors["weight"].shape[2:] != (3, 3):
         return False
-    identity = _identity(weight[:, :, :1, :1])
+    identity = _identity(tensors["weight"])
     return all(torch.equal(tensors[name], identity[name]) for name in identity)

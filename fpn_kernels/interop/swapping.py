@@ -25,7 +25,8 @@ class FusedForward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass has no name that pickle could find it by: it is made anew from the two classes that have.
-        function, arguments, *rest = super().__reduce_ex__(max(int(protocol), 2))  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        function, arguments, *rest = reduced
         if function is copyreg.__newobj__ and arguments[0] is self._fpn_kernels_class():  # type: ignore[attr-defined]
             return (_new_instance, (self._fpn_kernels_original, self._fpn_kernels_forward, *arguments[1:]), *rest)
         return (function, arguments, *rest)

@@ -77,7 +77,8 @@ def _random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], random: 
                 # Statistics and their like: positive, since one of them may be a variance.
                 floating = buffer.is_floating_point()
                 memo[id(buffer)] = random.positive(*buffer.shape) if floating else _zeros_like(buffer)
-    return copy.deepcopy(module, memo)
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
 
 
 def _random_like(tensor: Tensor, random: Random) -> Tensor:
@@ -86,7 +87,7 @@ def _random_like(tensor: Tensor, random: Random) -> Tensor:
     if tensor.dim() < 2:
         return random.positive(*tensor.shape)
     fan_in = max(tensor[0].numel(), 1) if tensor.shape[0] else 1
-    return random.normal(*tensor.shape) / fan_in**0.5
+    return random.normal(*tensor.shape).div_(fan_in**0.5)
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

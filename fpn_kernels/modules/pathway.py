@@ -6,6 +6,7 @@ result merged by `upsample_add`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,7 +45,7 @@ def merge_levels(
     parameters = [find_parameters(block, 1) for block in blocks]
     fused = [each for each in parameters if each is not None]
     if len(fused) == len(blocks) and all(
-        _fits(top, feature, scale_factor) for feature, top in zip(features, features[1:], strict=False)
+        _fits(top, feature, scale_factor) for feature, top in itertools.pairwise(features)
     ):
         weights, biases = zip(*fused, strict=True)
         return functional.top_down_pathway(features, weights, biases, mode=mode, gain=gain)
