@@ -12,7 +12,7 @@ from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, smp_twi
 from resnet_twins import NamedLayersFPN, kuangliu_fpn101, single_file_fpn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm
+from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm, scramble, served
 
 from fpn_kernels.modules import FrozenBatchNorm2d
 
@@ -206,3 +206,15 @@ def leaves(tree: Any) -> list[Tensor]:
 
 def requiring_grad(arguments: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.detach().clone().requires_grad_(), arguments)
+
+
+def network_of(cls: type[nn.Module] = torchvision_twin.FeaturePyramidNetwork, norm: Any = None) -> Any:
+    """torchvision's pyramid, or a class derived from it, in eval mode with weights that hide nothing."""
+    network = cls(CHANNELS, WIDTH, None, norm)
+    scramble(network)
+    return network.eval()
+
+
+def fused_calls(call: Callable[[], Any]) -> list[str]:
+    """The operators of the pathway that a call used."""
+    return [name for name in served(call) if name != "output_conv"]

@@ -46,7 +46,9 @@ def _mmdet(norm: Any = None, extra: bool = False) -> nn.Module:
     neck = mmdet_twin.FPN(CHANNELS, WIDTH, 6 if extra else 4, norm=name, **options)
     if extra and norm is not None:  # the others' extra levels have no norm
         for level in (4, 5):
-            neck.fpn_convs[level] = mmdet_twin.ConvModule(neck.fpn_convs[level].conv.in_channels, WIDTH, 3, 2, None, None)
+            neck.fpn_convs[level] = mmdet_twin.ConvModule(
+                neck.fpn_convs[level].conv.in_channels, WIDTH, 3, 2, None, None
+            )
     return neck
 
 

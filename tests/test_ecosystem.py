@@ -113,7 +113,7 @@ def test_torchvision_backbones_have_the_unfused_models_gradients(name: str) -> N
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
 def test_torchvision_training_step_is_the_unfused_models(name: str) -> None:
-    """A detector's loss has steps (which proposals are kept, which bin a sample falls into) that any rounding may cross.
+    """A detector's loss has steps (which proposals are kept, which bin a sample is in) that any rounding may cross.
 
     What float32 itself makes of the gradients is measured against the same step in float64; from eager's float32 the
     fused model may differ by a tenth of that.

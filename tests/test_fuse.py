@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
-import logging
+import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign.torchvision_twin import BackboneWithFPN, FeaturePyramidNetwork
-from fusion_cases import ONE_EACH, Case, leaves
+from fusion_cases import ONE_EACH, Case, fused_calls, leaves, network_of
 from oracle import error
 from torch import Tensor, nn
-from twins import CHANNELS, NAMES, SIZES, WIDTH, assert_same, maps, scramble, served
+from twins import CHANNELS, WIDTH, assert_same, maps
 
 import fpn_kernels
 from fpn_kernels.interop.swapping import is_fused
 
 ALL_FUSED = ["lateral_connection"] * 4
-OUTPUTS = ["output_conv"]
-
-
-def _network(cls: type[nn.Module] = FeaturePyramidNetwork, norm: Any = None) -> Any:
-    network = cls(CHANNELS, WIDTH, None, norm)
-    scramble(network)
-    return network.eval()
-
-
-def _calls(call: Callable[[], Any]) -> list[str]:
-    return [name for name in served(call) if name not in OUTPUTS]
 
 
 _one_each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
@@ -44,7 +37,7 @@ _one_each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name
 @_one_each
 def test_a_fused_module_is_what_it_was(case: Case) -> None:
     model = nn.Sequential(case.make())
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     classes = {name: type(module) for name, module in before.items()}
     parameters, keys, text = list(model.parameters()), list(model.state_dict()), repr(model)
     attributes = {name: dict(module.__dict__) for name, module in before.items()}
@@ -84,7 +77,7 @@ def test_copies_are_fused_and_whole(case: Case, clone: Callable[[nn.Module], nn.
         expected = leaves(model(*example))
         copied = clone(model)
         assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
-        assert _calls(lambda: copied(*example)) == case.calls
+        assert fused_calls(lambda: copied(*example)) == case.calls
         for got, want in zip(leaves(copied(*example)), expected, strict=True):
             assert torch.equal(got, want)
         if clone is not copy.copy:
@@ -94,7 +87,7 @@ def test_copies_are_fused_and_whole(case: Case, clone: Callable[[nn.Module], nn.
 
 
 def test_an_optimiser_made_before_goes_on() -> None:
-    twin, network = _network(norm=nn.BatchNorm2d).train(), None
+    twin, network = network_of(norm=nn.BatchNorm2d).train(), None
     network = copy.deepcopy(twin)
     optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (twin, network)]
     for step in range(3):
@@ -113,7 +106,7 @@ def test_an_optimiser_made_before_goes_on() -> None:
 
 @pytest.mark.parametrize("where", ["", "inner_blocks.1", "inner_blocks.1.0", "layer_blocks.2.0"])
 def test_hooks_of_before_and_after_fire(where: str) -> None:
-    twin = _network()
+    twin = network_of()
     network = copy.deepcopy(twin)
     seen: list[nn.Module] = []
 
@@ -137,23 +130,23 @@ def test_a_convolution_replaced_after_fusing_is_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    twin = _network()
+    twin = network_of()
     network = fpn_kernels.fuse(copy.deepcopy(twin))
     for model in (network, twin):
         model.inner_blocks[1][0].__class__ = Doubling
     x = maps()
-    assert _calls(lambda: assert_same(network(x), twin(x))) == [*ALL_FUSED[:2], "upsample_add", ALL_FUSED[0]]
+    assert fused_calls(lambda: assert_same(network(x), twin(x))) == [*ALL_FUSED[:2], "upsample_add", ALL_FUSED[0]]
 
 
 def test_modes_and_devices_move_as_before() -> None:
-    network = fpn_kernels.fuse(_network().train())
+    network = fpn_kernels.fuse(network_of().train())
     assert network.training and all(m.training for m in network.modules())
     assert not network.eval().training
     assert next(network.to("meta").parameters()).device.type == "meta"
 
 
 def test_nothing_of_the_callers_state_is_touched() -> None:
-    network = _network(norm=nn.BatchNorm2d).train()
+    network = network_of(norm=nn.BatchNorm2d).train()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     x, random = maps(), torch.get_rng_state()
     fpn_kernels.fuse(network, verify=x)
@@ -166,24 +159,109 @@ def test_weights_without_values_can_be_fused() -> None:
     with torch.device("meta"):
         network = FeaturePyramidNetwork(CHANNELS, WIDTH)
     assert is_fused(fpn_kernels.fuse(network)) and next(network.parameters()).device.type == "meta"
-    twin = _network()
+    twin = network_of()
     network.load_state_dict(twin.state_dict(), assign=True)
     x = maps()
     assert_same(network(x), twin(x))
+
+
+class LowRank(nn.Module):
+    """A convolution wrapped as adapters wrap it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.low_rank = base, nn.Conv2d(base.in_channels, base.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.low_rank(x)
+
+
+def _with_adapter(network: Any) -> None:
+    network.inner_blocks[1][0] = LowRank(network.inner_blocks[1][0])
+
+
+def _with_old_spectral_norm(network: Any) -> None:
+    nn.utils.spectral_norm(network.inner_blocks[1][0])
+    network(maps())  # its weight is from now on a result, no parameter
+
+
+def _with_patched_convolution(network: Any) -> None:
+    convolution = network.inner_blocks[1][0]
+    convolution.forward = functools.partial(_doubled, convolution)
+
+
+def _doubled(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    return 2 * nn.Conv2d.forward(convolution, x)
+
+
+_EDITS = [_with_adapter, _with_old_spectral_norm, _with_patched_convolution]
+
+
+@pytest.mark.parametrize("edit", _EDITS, ids=["adapter", "spectral-norm", "patched"])
+@pytest.mark.parametrize("first", ["edit", "fuse"])
+def test_convolutions_edited_before_or_after_run_as_they_are(edit: Callable[[Any], None], first: str) -> None:
+    network = network_of()
+    for step in (edit, fpn_kernels.fuse) if first == "edit" else (fpn_kernels.fuse, edit):
+        step(network)
+    assert is_fused(network)
+    x = maps()
+    with torch.no_grad():
+        calls = fused_calls(lambda: network(x))
+        actual = network(x)
+        assert_same(actual, fpn_kernels.unfuse(network)(x))
+    assert calls == [*ALL_FUSED[:2], "upsample_add", ALL_FUSED[0]], "the other levels stay fused"
+
+
+def test_a_parametrised_weight_is_trained_through() -> None:
+    network = network_of()
+    nn.utils.parametrizations.weight_norm(network.inner_blocks[1][0])
+    twin, x = copy.deepcopy(network), maps()
+    fpn_kernels.fuse(network)
+    assert fused_calls(lambda: assert_same(network(x), twin(x))) == ALL_FUSED
+    for model in (network, twin):
+        sum(p.square().sum() for p in model(x).values()).backward()
+    for (name, got), want in zip(network.named_parameters(), twin.parameters(), strict=True):
+        assert error(got.grad, want.grad.double()) < 1e-4, name
+
+
+_READER = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+x = torch.load(sys.argv[2], weights_only=False)
+from fpn_kernels.backends.selection import record_calls
+with torch.no_grad(), record_calls() as calls:
+    torch.save(model(x), sys.argv[2])
+assert [name for name, _ in calls if name != "output_conv"] == ["lateral_connection"] * 4, calls
+absent = ["torchvision", "detectron2", "mmdet", "sam2", "segmentation_models_pytorch", "effdet"]
+assert not set(absent) & set(sys.modules)
+"""
+
+
+def test_a_saved_model_loads_in_a_process_that_never_fused(tmp_path: Path) -> None:
+    network, x = fpn_kernels.fuse(network_of(norm=nn.BatchNorm2d)), maps()
+    torch.save(network, tmp_path / "model.pt")
+    torch.save(x, tmp_path / "x.pt")
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", _READER, str(tmp_path / "model.pt"), str(tmp_path / "x.pt")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert_same(torch.load(tmp_path / "x.pt", weights_only=False), network(x))
 
 
 # ------------------------------------------------------------------------------------- inside other things
 
 
 def test_inside_a_model_shared_and_nested() -> None:
-    shared = _network()
+    shared = network_of()
 
     class Nested(FeaturePyramidNetwork):
         """A pyramid that holds another one."""
 
         def __init__(self) -> None:
             super().__init__(CHANNELS, WIDTH)
-            self.other = _network()
+            self.other = network_of()
 
     model = nn.ModuleDict({"a": shared, "b": shared, "c": Nested()})
     _, report = fpn_kernels.fuse(model, report=True)
@@ -208,7 +286,7 @@ def test_a_backbone_with_odd_sizes_trains_and_detects_as_before() -> None:
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        twin = _network().train()
+        twin = network_of().train()
         wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
         fpn_kernels.fuse(wrapped)
         assert is_fused(wrapped.module)
@@ -225,7 +303,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("order", ["compile then fuse", "fuse then compile"])
 def test_torch_compile(order: str) -> None:
-    network, x = _network(), maps()
+    network, x = network_of(), maps()
     expected = network(x)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     if order == "compile then fuse":
@@ -233,11 +311,11 @@ def test_torch_compile(order: str) -> None:
     fpn_kernels.fuse(compiled)
     assert is_fused(network)
     with torch.no_grad():
-        assert _calls(lambda: assert_same(compiled(x), expected)) == ALL_FUSED
+        assert fused_calls(lambda: assert_same(compiled(x), expected)) == ALL_FUSED
 
 
 def test_torch_export() -> None:
-    network, x = fpn_kernels.fuse(_network()), maps()
+    network, x = fpn_kernels.fuse(network_of()), maps()
     with torch.no_grad():
         program = torch.export.export(network, (x,))
     called = [str(node.target) for node in program.graph.nodes]
@@ -246,195 +324,6 @@ def test_torch_export() -> None:
 
 
 def test_torch_jit_script_says_what_to_do() -> None:
-    model = nn.Sequential(fpn_kernels.fuse(_network()))
+    model = nn.Sequential(fpn_kernels.fuse(network_of()))
     with pytest.raises(TypeError, match=r"torch.jit.script cannot compile .* call fpn_kernels.unfuse\(model\)"):
         torch.jit.script(model)
-
-
-# ---------------------------------------------------------------------------------------- what is left alone
-
-
-class OwnForward(FeaturePyramidNetwork):
-    def forward(self, x: Any) -> Any:
-        return {name: -p for name, p in super().forward(x).items()}
-
-
-class OwnMethod(FeaturePyramidNetwork):
-    """Overrides a method that the forward calls, not the forward."""
-
-    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
-        return super().get_result_from_inner_blocks(x, idx).relu()
-
-
-class OwnName(FeaturePyramidNetwork):
-    """Overrides nothing."""
-
-
-def _patched() -> nn.Module:
-    network = _network()
-    network.forward = lambda x: x
-    return network
-
-
-def _fork(forward: Callable[..., Any]) -> nn.Module:
-    """A class with torchvision's name and attributes and another forward."""
-    fork = type("FeaturePyramidNetwork", (nn.Module,), {"forward": forward})()
-    for name in ("inner_blocks", "layer_blocks", "extra_blocks"):
-        setattr(fork, name, getattr(_network(), name))
-    return fork
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: _network(OwnForward), "OwnForward has a forward of its own"),
-        (lambda: _network(OwnMethod), r"computes something else than .* \(output.*relative error"),
-        (_patched, "a forward of its own was put on the instance"),
-        (lambda: _fork(lambda self, x: list(x.values())), r"computes something else .* \(the output is"),
-        (lambda: _fork(lambda self, x, masks: x), "could not be tried on a random input: TypeError"),
-        (lambda: _fork(lambda self, x: {k: m.double() for k, m in x.items()}), "computes something else"),
-    ],
-    ids=["subclass", "method", "patched", "fork", "fork-arguments", "fork-dtype"],
-)
-def test_what_computes_something_else_is_left(make: Callable[[], nn.Module], reason: str) -> None:
-    model = nn.ModuleDict({"left": make(), "fused": _network()})
-    cls = type(model["left"])
-    _, report = fpn_kernels.fuse(model, report=True)
-    assert list(report.fused) == ["fused"] and type(model["left"]) is cls
-    with pytest.raises(ValueError, match=f"no feature pyramid to fuse in ModuleDict .*left.*{reason}"):
-        fpn_kernels.fuse(nn.ModuleDict({"left": make()}))
-
-
-def test_a_subclass_that_changes_nothing_is_fused() -> None:
-    network = fpn_kernels.fuse(_network(OwnName))
-    assert is_fused(network) and isinstance(network, OwnName)
-
-
-def test_a_network_with_the_right_names_and_another_resize_is_left() -> None:
-    from resnet_twins import kuangliu_fpn101
-
-    network = kuangliu_fpn101(4)
-    network._upsample_add = lambda top, lateral: lateral + nn.functional.interpolate(
-        top, lateral.shape[2:], mode="bilinear", align_corners=True
-    )
-    with pytest.raises(ValueError, match=r"the model itself \(single-file FPN.*computes something else"):
-        fpn_kernels.fuse(network)
-
-
-def test_scripted_pyramids_are_left() -> None:
-    scripted = torch.jit.script(_Scriptable())
-    with pytest.raises(ValueError, match="was compiled by torch.jit.script"):
-        fpn_kernels.fuse(nn.Sequential(scripted))
-
-
-class _Scriptable(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-_Scriptable.__name__ = "FpnNeck"
-
-
-def test_the_librarys_own_is_served_already() -> None:
-    own = fpn_kernels.FeaturePyramidNetwork(CHANNELS, WIDTH)
-    _, report = fpn_kernels.fuse(own, report=True)
-    assert report.left == {"": "computes by the fused calls already"} and not is_fused(own)
-
-
-def test_fusing_twice_is_fusing_once() -> None:
-    network = fpn_kernels.fuse(_network())
-    cls = type(network)
-    _, report = fpn_kernels.fuse(network, report=True)
-    assert type(network) is cls and report.left == {"": "is fused already"}
-    assert type(fpn_kernels.unfuse(network)) is FeaturePyramidNetwork
-
-
-@pytest.mark.parametrize("function", [fpn_kernels.fuse, fpn_kernels.unfuse])
-def test_no_module(function: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
-        function({})
-
-
-def test_nothing_to_fuse() -> None:
-    with pytest.raises(ValueError, match=r"model: no feature pyramid to fuse in Sequential \(known: torchvision"):
-        fpn_kernels.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    assert isinstance(fpn_kernels.unfuse(nn.Identity()), nn.Identity)
-
-
-def test_a_class_derived_since_is_not_taken_apart() -> None:
-    model = nn.ModuleDict({"a": fpn_kernels.fuse(_network()), "b": fpn_kernels.fuse(_network())})
-    wrapped = type("FSDPFeaturePyramidNetwork", (type(model["b"]),), {})
-    model["b"].__class__ = wrapped
-    assert_same(model["b"](x := maps()), model["b"](x))
-    with pytest.raises(ValueError, match="model: the class of b was changed to .* undo that first"):
-        fpn_kernels.unfuse(model)
-    assert is_fused(model["a"]), "nothing is half-done"
-
-
-# --------------------------------------------------------------------------------- report, log and verification
-
-
-def test_the_log_and_the_report_say_what_was_done(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.ModuleDict({"neck": _network(), "odd": _network(OwnForward)})
-    with caplog.at_level(logging.INFO, logger="fpn_kernels"):
-        _, report = fpn_kernels.fuse(model, report=True)
-    lines = [
-        "neck: fused (torchvision FeaturePyramidNetwork)",
-        "odd: left, OwnForward has a forward of its own",
-    ]
-    assert str(report).splitlines() == lines
-    assert [record.getMessage() for record in caplog.records] == [f"fuse: {line}" for line in lines]
-
-
-class OtherWhenLarge(FeaturePyramidNetwork):
-    """What the small trial does not show and the example does."""
-
-    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
-        result = super().get_result_from_inner_blocks(x, idx)
-        return 1.1 * result if result.shape[-1] == 57 else result
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_verify_names_the_level_and_the_error_and_restores(training: bool) -> None:
-    model = nn.ModuleDict({"good": _network(), "bad": _network(OtherWhenLarge)}).train(training)
-    model.forward = lambda x: {name: module(x) for name, module in model.items()}
-    with pytest.raises(RuntimeError, match=r"verify: bad: output\['0'\]: relative error 0\.\d+, above .*float32"):
-        fpn_kernels.fuse(model, verify=maps())
-    assert [type(m) for m in model.values()] == [FeaturePyramidNetwork, OtherWhenLarge]
-    assert all(m.training == training for m in model.modules())
-    assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_verify_wants_an_example_that_reaches_the_pyramid() -> None:
-    model = nn.ModuleDict({"used": _network(), "unused": _network()})
-    model.forward = lambda x: model["used"](x)
-    with pytest.raises(RuntimeError, match="verify: unused: the example does not reach it"):
-        fpn_kernels.fuse(model, verify=maps())
-    assert not is_fused(model["used"])
-
-
-def test_an_example_that_fails_changes_nothing() -> None:
-    network = _network()
-    with pytest.raises(RuntimeError, match="sparse"):  # what the model itself says of it
-        fpn_kernels.fuse(network, verify=torch.zeros(1))
-    assert type(network) is FeaturePyramidNetwork and not network._forward_hooks
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_verify_allows_for_the_dtype(dtype: torch.dtype) -> None:
-    network = _network(norm=nn.BatchNorm2d).to(dtype)
-    x = OrderedDict((n, torch.randn(2, c, *s).to(dtype)) for n, c, s in zip(NAMES, CHANNELS, SIZES, strict=True))
-    assert is_fused(fpn_kernels.fuse(network, verify=x))
-
-
-def test_verify_under_autocast_and_with_a_tuple_of_arguments() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fpn = _network()
-
-        def forward(self, x: Any, scale: float) -> Any:
-            return self.fpn({name: scale * m for name, m in x.items()})
-
-    with torch.autocast("cpu", torch.bfloat16):
-        assert is_fused(fpn_kernels.fuse(Two(), verify=(maps(), 0.5)).fpn)
