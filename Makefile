@@ -23,10 +23,17 @@ export PYTEST_TIMEOUT ?= 300
 # Test processes side by side, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
 
-.PHONY: help build test bench sanitize lint format clean
+# Other libraries, for the tests that run on them. torch's CUDA build runs on a CPU too. MMCV's pure Python build does.
+ECOSYSTEM_VENV ?= .venv-ecosystem
+ECOSYSTEM ?= torch==2.12.1 torchvision==0.27.1 segmentation-models-pytorch==0.6.0 effdet==0.4.1 \
+	mmcv-lite==2.1.0 mmengine==0.10.7 scipy shapely six terminaltables
+ECOSYSTEM_NO_DEPENDENCIES ?= mmdet==3.3.0
+
+.PHONY: help build test test-ecosystem bench sanitize lint format clean
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
+	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
 	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
 	@echo 'make build   the compiled library, fpn_kernels/_native.so (test and bench do this first)'
 	@echo 'make sanitize  the operator tests on the compiled library with sanitizers'
@@ -50,6 +57,16 @@ test: build
 	@# 5: ARGS left no test of the interpreter's.
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
 
+$(ECOSYSTEM_VENV)/.ready:
+	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
+	$(ECOSYSTEM_VENV)/bin/python -m pip install --quiet $(ECOSYSTEM) "setuptools>=77" ninja pytest pytest-timeout
+	$(ECOSYSTEM_VENV)/bin/python -m pip install --quiet --no-deps $(ECOSYSTEM_NO_DEPENDENCIES)
+	@touch $@
+
+test-ecosystem: $(ECOSYSTEM_VENV)/.ready
+	$(ECOSYSTEM_VENV)/bin/python setup.py --quiet build_ext --inplace || echo 'fpn_kernels: left out the compiled library'
+	$(ECOSYSTEM_VENV)/bin/python -m pytest -m ecosystem $(ARGS)
+
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
@@ -70,5 +87,5 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
+	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

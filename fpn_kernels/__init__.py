@@ -4,6 +4,7 @@ from fpn_kernels import reference
 from fpn_kernels.backends.selection import available_backends, use_backend
 from fpn_kernels.diagnostics import explain
 from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add, weighted_merge
+from fpn_kernels.interop import convert_state_dict, fuse, unfuse
 from fpn_kernels.modules import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -29,13 +30,16 @@ __all__ = [
     "__version__",
     "assign_levels",
     "available_backends",
+    "convert_state_dict",
     "explain",
+    "fuse",
     "lateral_connection",
     "output_conv",
     "reference",
     "resnet50_fpn",
     "resnet101_fpn",
     "top_down_pathway",
+    "unfuse",
     "upsample_add",
     "use_backend",
     "weighted_merge",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from fpn_kernels.backends import triton
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped elsewhere")
+    config.addinivalue_line("markers", "ecosystem: runs other libraries' models; skipped where they are not installed")
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
     # Two test processes on two cores: more threads each would only wait for one another.
     if os.environ.get("PYTEST_XDIST_WORKER"):
@@ -31,11 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
         "interpreter": _no_interpreter(),
+        "ecosystem": _no_ecosystem(),
     }
     for item in items:
         for marker, reason in reasons.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_ecosystem() -> str | None:
+    return None if importlib.util.find_spec("torchvision") else "needs torchvision (`make test-ecosystem` installs it)"
 
 
 def _no_interpreter() -> str | None:

@@ -15,10 +15,6 @@ from torch import Tensor, nn
 OUT = 12
 
 
-def _bilinear_add(top: Tensor, lateral: Tensor) -> Tensor:
-    return F.interpolate(top, size=lateral.shape[2:], mode="bilinear", align_corners=False) + lateral
-
-
 class _SingleFileBottleneck(nn.Module):
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -65,6 +61,8 @@ class _KuangliuBottleneck(nn.Module):
 class NamedLayersFPN(nn.Module):
     """`toplayer`, `latlayer1..3`, `smooth1..3`; bilinear; (p2, p3, p4, p5) with p5 not smoothed."""
 
+    mode = "bilinear"
+
     def __init__(self, block: Any, layers: list[int], width: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
@@ -86,10 +84,14 @@ class NamedLayersFPN(nn.Module):
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
         p5 = self.toplayer(self.layer4(c4))
-        p4 = _bilinear_add(p5, self.latlayer1(c4))
-        p3 = _bilinear_add(p4, self.latlayer2(c3))
-        p2 = _bilinear_add(p3, self.latlayer3(c2))
+        p4 = self._upsample_add(p5, self.latlayer1(c4))
+        p3 = self._upsample_add(p4, self.latlayer2(c3))
+        p2 = self._upsample_add(p3, self.latlayer3(c2))
         return self.smooth3(p2), self.smooth2(p3), self.smooth1(p4), p5
+
+    def _upsample_add(self, top: Tensor, lateral: Tensor) -> Tensor:
+        align = False if self.mode == "bilinear" else None
+        return F.interpolate(top, size=lateral.shape[2:], mode=self.mode, align_corners=align) + lateral
 
 
 def single_file_fpn(layers: list[int], width: int) -> NamedLayersFPN:

@@ -7,6 +7,9 @@ norm: anything that was hooked, patched or replaced runs as the module it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
@@ -23,17 +26,36 @@ def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor
         block: a level's inner or layer block.
         kernel_size: 1 for a lateral connection, 3 (padding 1) for an output convolution.
     """
+    if isinstance(block, nn.Sequential):
+        if not _is_pristine(block, nn.Sequential.forward) or not 1 <= len(block) <= 2:
+            return None
+        return convolution_parameters(block[0], block[1] if len(block) == 2 else None, kernel_size)
+    return convolution_parameters(block, None, kernel_size)
+
+
+def convolution_parameters(
+    convolution: nn.Module,
+    norm: nn.Module | None,
+    kernel_size: int,
+    *,
+    forward: Callable[..., Any] = nn.Conv2d.forward,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias that compute ``norm(convolution(x))`` in one convolution, or None where they must run.
+
+    For blocks of other libraries, which hold the two in containers of their own; whether the container itself
+    may be bypassed is for the caller to say.
+
+    Args:
+        convolution: the convolution.
+        norm: the norm after it, or None.
+        kernel_size: as in `fused_parameters`.
+        forward: the forward that the class of `convolution` must have.
+    """
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
         return None
-    if isinstance(block, nn.Sequential):
-        if not _is_pristine(block, nn.Sequential) or not 1 <= len(block) <= 2:
-            return None
-        convolution, norm = block[0], block[1] if len(block) == 2 else None
-    else:
-        convolution, norm = block, None
-    if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution, kernel_size):
+    if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution, kernel_size, forward):
         return None
-    if norm is not None and (_is_observed(norm) or not has_fixed_statistics(norm)):
+    if norm is not None and (is_observed(norm) or not has_fixed_statistics(norm)):
         return None
     # Read once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
     weight, bias = convolution.weight, convolution.bias
@@ -42,10 +64,10 @@ def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor
     return (weight, bias) if norm is None else fold(weight, bias, norm)
 
 
-def _is_plain(convolution: nn.Conv2d, kernel_size: int) -> bool:
+def _is_plain(convolution: nn.Conv2d, kernel_size: int, forward: Callable[..., Any]) -> bool:
     """Whether this is the convolution that the fused calls compute, called by nobody else's code."""
     return (
-        _is_pristine(convolution, nn.Conv2d)
+        _is_pristine(convolution, forward)
         and type(convolution)._conv_forward is nn.Conv2d._conv_forward
         and convolution.kernel_size == (kernel_size, kernel_size)
         and convolution.padding == (kernel_size // 2, kernel_size // 2)
@@ -56,12 +78,12 @@ def _is_plain(convolution: nn.Conv2d, kernel_size: int) -> bool:
     )
 
 
-def _is_pristine(module: nn.Module, cls: type[nn.Module]) -> bool:
+def _is_pristine(module: nn.Module, forward: Callable[..., Any]) -> bool:
     # Parametrisations swap a module's class for a subclass that inherits forward: they pass, a subclass with
     # a forward of its own does not.
-    return type(module).forward is cls.forward and not _is_observed(module)
+    return type(module).forward is forward and not is_observed(module)
 
 
-def _is_observed(module: nn.Module) -> bool:
+def is_observed(module: nn.Module) -> bool:
     """Whether someone hooked this module, or put a forward of their own on the instance."""
     return "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)

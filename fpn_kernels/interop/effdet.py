@@ -1,0 +1,131 @@
+"""EfficientDet-style cells: the `FpnCombine` nodes whose merge is a plain sum and has an input to enlarge.
+
+A node resamples each of its inputs and adds them.  Here what is enlarged is never written at its full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fpn_kernels.interop.blocks import block_parameters
+from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, resize_refusal
+from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.fusing import is_observed
+from fpn_kernels.modules.pathway import add_top, merge_level
+
+
+class EffdetForward(FusedForward):
+    """All maps so far in, as a list; the sum of this node's inputs out."""
+
+    inputs_offsets: Sequence[int]
+    resample: nn.ModuleDict
+
+    def forward(self, x: Sequence[Tensor]) -> Any:
+        branches = [(self.resample[str(offset)], x[offset]) for offset in self.inputs_offsets]
+        plain = [branch for branch in branches if not _enlarges(branch[0])]
+        tops = [_before_upsample(*branch) for branch in branches if _enlarges(branch[0])]
+        block = _only_convolution(plain[0][0]) if len(plain) == 1 else None
+        if not plain or not tops:
+            return super().forward(x)  # type: ignore[misc]
+        if block is not None and len(tops) == 1:
+            top, upsample = tops[0]
+            if _target(upsample, top) == tuple(plain[0][1].shape[2:]):
+                return merge_level(plain[0][1], block, block_parameters(block, 1), top, mode=upsample.mode)
+        total: Tensor = sum(resample(feature) for resample, feature in plain)  # type: ignore[assignment]
+        for top, upsample in tops:
+            if _target(upsample, top) == tuple(total.shape[2:]):
+                total = add_top(total, top, mode=upsample.mode)
+            else:  # the error, or the broadcast, of PyTorch's own sum
+                total = total + upsample(top)
+        return total
+
+
+def _enlarges(resample: Any) -> bool:
+    """Whether this is the class's sequence, ends in an upsampling, and nobody looks at what that returns."""
+    if type(resample).forward is not nn.Sequential.forward or is_observed(resample) or len(resample) == 0:
+        return False
+    last = resample[-1]
+    return (
+        isinstance(getattr(resample, "upsample", None), nn.Module)
+        and resample.upsample is last
+        and not (is_observed(last))
+    )
+
+
+def _before_upsample(resample: Any, feature: Tensor) -> tuple[Tensor, Any]:
+    for module in list(resample)[:-1]:
+        feature = module(feature)
+    return feature, resample.upsample
+
+
+def _only_convolution(resample: Any) -> nn.Module | None:
+    """The convolution that is all of a branch, or None."""
+    if type(resample).forward is not nn.Sequential.forward or is_observed(resample) or len(resample) != 1:
+        return None
+    block: nn.Module = resample[0]
+    return block if block_parameters(block, 1) is not None else None
+
+
+def _target(upsample: Any, top: Tensor) -> tuple[int, ...]:
+    if upsample.size is not None:
+        size = upsample.size
+        return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = _factors(upsample)
+    return (int(top.shape[2] * height), int(top.shape[3] * width))
+
+
+def _factors(upsample: Any) -> tuple[float, float]:
+    factor = upsample.scale_factor
+    return tuple(factor) if isinstance(factor, tuple) else (factor, factor)  # type: ignore[return-value]
+
+
+class EffdetDialect(Dialect):
+    name = "EfficientDet FpnCombine"
+    packages = ("effdet",)
+    class_names = ("FpnCombine",)
+    forwards = (EffdetForward,)
+
+    def fits(self, module: nn.Module) -> bool:
+        return has_attributes(module, "inputs_offsets", "weight_method") and isinstance(
+            getattr(module, "resample", None), nn.ModuleDict
+        )
+
+    def refusal(self, module: Any) -> str | None:
+        if module.weight_method != "sum":
+            return f"weight_method={module.weight_method!r}: only a plain 'sum' is served"
+        for resample in module.resample.values():
+            if not _enlarges(resample):
+                continue
+            upsample = resample.upsample
+            factors = (None,) if upsample.size is not None else _factors(upsample)
+            for factor in factors:
+                align_corners = getattr(upsample, "align_corners", None)
+                reason = resize_refusal("upsample", upsample.mode, align_corners=align_corners, scale_factor=factor)
+                if reason is not None:
+                    return reason
+        return None
+
+    def nothing_to_do(self, module: Any) -> str | None:
+        enlarging = [_enlarges(resample) for resample in module.resample.values()]
+        if not any(enlarging):
+            return "none of its inputs is enlarged"
+        return "all of its inputs are enlarged" if all(enlarging) else None
+
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        maps = [random.normal(1, 1, 1, 1) for _ in range(max(module.inputs_offsets) + 1)]
+        branches = {offset: module.resample[str(offset)] for offset in module.inputs_offsets}
+        shrinks = any(hasattr(resample, "downsample") for resample in branches.values())
+        for offset, resample in branches.items():
+            if shrinks:  # the pooling is made for these sizes
+                size = tuple(resample.input_size)
+            elif not _enlarges(resample):
+                size = (6, 10)
+            else:
+                size = (3, 5)
+                if resample.upsample.size is not None:
+                    resample.upsample.size = (6, 10)  # of the copy: the sizes of a real image take a while
+            maps[offset] = random.normal(2, resample.in_channels, *size)
+        return (maps,)

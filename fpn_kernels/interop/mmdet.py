@@ -1,0 +1,112 @@
+"""MMDetection's `FPN`: a tuple in, a tuple out, with start and end levels and extra levels of four kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_kernels.interop.blocks import block_parameters
+from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.pathway import merge_levels, output_map
+
+_SOURCES = ("on_input", "on_lateral", "on_output")
+
+
+class MMDetectionForward(FusedForward):
+    """Takes as many maps as `in_channels` names and uses those from `start_level` on."""
+
+    in_channels: Sequence[int]
+    lateral_convs: nn.ModuleList
+    fpn_convs: nn.ModuleList
+    num_outs: int
+    start_level: int
+    backbone_end_level: int
+    add_extra_convs: bool | str
+    relu_before_extra_convs: bool
+
+    def forward(self, inputs: Sequence[Tensor]) -> Any:
+        # fp16_enabled is the mixed precision of MMDetection 2, which casts inside a decorator of the class's forward.
+        if len(inputs) != len(self.in_channels) or getattr(self, "fp16_enabled", False):
+            return super().forward(inputs)  # type: ignore[misc]
+        resize = _resize(self)
+        levels = len(self.lateral_convs)
+        merged = merge_levels(
+            inputs[self.start_level : self.start_level + levels],
+            list(self.lateral_convs),
+            mode=resize.get("mode", "nearest"),
+            scale_factor=None if "scale_factor" not in resize else int(resize["scale_factor"]),
+            find_parameters=block_parameters,
+        )
+        outputs = [
+            output_map(block, level, find_parameters=block_parameters)
+            for block, level in zip(self.fpn_convs, merged, strict=False)
+        ]
+        extra = self.num_outs - levels
+        if not self.add_extra_convs:
+            for _ in range(extra):
+                outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
+            return tuple(outputs)
+        source = _source(self)
+        for level in range(levels, levels + extra):
+            if level > levels:
+                source = "on_output"
+            chosen = {"on_input": inputs[self.backbone_end_level - 1], "on_lateral": merged[-1]}.get(
+                source, outputs[-1]
+            )
+            relu = self.relu_before_extra_convs and level > levels
+            outputs.append(self.fpn_convs[level](F.relu(chosen) if relu else chosen))
+        return tuple(outputs)
+
+
+def _resize(module: Any) -> dict[str, Any]:
+    """`upsample_cfg`, which versions before 2.0 did not have."""
+    return getattr(module, "upsample_cfg", {"mode": "nearest"})
+
+
+def _source(module: Any) -> str:
+    """What the first extra convolution reads; versions before 2.0 say it by two booleans."""
+    if module.add_extra_convs is True:
+        return "on_input" if getattr(module, "extra_convs_on_inputs", True) else "on_output"
+    return str(module.add_extra_convs)
+
+
+class MMDetectionDialect(Dialect):
+    name = "MMDetection FPN"
+    packages = ("mmdet",)
+    class_names = ("FPN",)
+    forwards = (MMDetectionForward,)
+
+    def fits(self, module: nn.Module) -> bool:
+        return (
+            has_attributes(
+                module, "in_channels", "num_outs", "start_level", "backbone_end_level", "relu_before_extra_convs"
+            )
+            and hasattr(module, "add_extra_convs")
+            and isinstance(getattr(module, "lateral_convs", None), nn.ModuleList)
+            and isinstance(getattr(module, "fpn_convs", None), nn.ModuleList)
+            and len(module.fpn_convs) >= len(module.lateral_convs) > 0  # type: ignore[arg-type]
+        )
+
+    def refusal(self, module: Any) -> str | None:
+        if module.add_extra_convs and _source(module) not in _SOURCES:
+            return f"add_extra_convs={module.add_extra_convs!r} is not one of {', '.join(map(repr, _SOURCES))}"
+        resize = dict(_resize(module))
+        mode, align_corners = resize.pop("mode", "nearest"), resize.pop("align_corners", None)
+        scale_factor = resize.pop("scale_factor", None)
+        if resize:
+            return f"upsample_cfg: {', '.join(resize)} is not served"
+        return resize_refusal("upsample_cfg", mode, align_corners=align_corners, scale_factor=scale_factor)
+
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        channels = list(module.in_channels)
+        for level, block in enumerate(module.lateral_convs, start=module.start_level):
+            channels[level] = in_channels(block)
+        scale_factor = _resize(module).get("scale_factor")
+        if scale_factor in (None, 2):
+            return (tuple(random.pyramid(channels, exact=scale_factor is not None)),)
+        sizes = [(3 * int(scale_factor) ** n, 2 * int(scale_factor) ** n) for n in reversed(range(len(channels)))]
+        return (tuple(random.normal(2, c, *size) for c, size in zip(channels, sizes, strict=True)),)

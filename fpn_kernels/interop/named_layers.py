@@ -1,0 +1,76 @@
+"""The single-file networks whose pyramid is `toplayer`, `latlayer{i}` and `smooth{i}` (i from the coarse end):
+kuangliu/pytorch-fpn and the common ResNet FPN.  Told by these names; P5 is not smoothed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_kernels.interop.blocks import block_parameters
+from fpn_kernels.interop.dialect import Dialect, Random
+from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.pathway import merge_levels, output_map
+
+_STAGES = 4
+
+
+class _NamedLayersForward(FusedForward):
+    """Image in, (p2, p3, p4, p5) out; the stem is the ResNet's (convolution, norm, ReLU, 3x3 max-pool)."""
+
+    _mode: str
+    conv1: nn.Module
+    bn1: nn.Module
+    toplayer: nn.Module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        modules: Any = self
+        x = self.bn1(self.conv1(x))
+        x = modules.relu(x) if isinstance(getattr(self, "relu", None), nn.Module) else F.relu(x)
+        x = modules.maxpool(x) if isinstance(getattr(self, "maxpool", None), nn.Module) else F.max_pool2d(x, 3, 2, 1)
+        features = []
+        for stage in range(1, _STAGES + 1):
+            x = getattr(self, f"layer{stage}")(x)
+            features.append(x)
+        laterals = [getattr(self, f"latlayer{index}") for index in reversed(range(1, _STAGES))]
+        merged = merge_levels(features, [*laterals, self.toplayer], mode=self._mode, find_parameters=block_parameters)
+        smooth = [getattr(self, f"smooth{index}") for index in reversed(range(1, _STAGES))]
+        outputs = [
+            output_map(block, level, find_parameters=block_parameters)
+            for block, level in zip(smooth, merged, strict=False)
+        ]
+        return (*outputs, merged[-1])
+
+
+class BilinearNamedLayersForward(_NamedLayersForward):
+    """With the bilinear resize of the published networks."""
+
+    _mode = "bilinear"
+
+
+class NearestNamedLayersForward(_NamedLayersForward):
+    """With the nearest resize of the paper."""
+
+    _mode = "nearest"
+
+
+class NearestExactNamedLayersForward(_NamedLayersForward):
+    """With the corrected nearest resize."""
+
+    _mode = "nearest-exact"
+
+
+class NamedLayersDialect(Dialect):
+    name = "single-file FPN (toplayer, latlayer, smooth)"
+    forwards = (BilinearNamedLayersForward, NearestNamedLayersForward, NearestExactNamedLayersForward)
+
+    def fits(self, module: nn.Module) -> bool:
+        names = ["conv1", "bn1", "toplayer"]
+        names += [f"layer{stage}" for stage in range(1, _STAGES + 1)]
+        names += [f"{kind}{index}" for kind in ("latlayer", "smooth") for index in range(1, _STAGES)]
+        return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        # Stages of 20 x 27, 10 x 14, 5 x 7, 3 x 4: the three resizes differ there.
+        return (random.normal(2, module.conv1.in_channels, 77, 107),)

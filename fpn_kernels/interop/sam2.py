@@ -1,0 +1,83 @@
+"""SAM 2's `FpnNeck`: no output convolutions, only some levels merged, the upper map enlarged by 2 in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpn_kernels.interop.blocks import block_parameters
+from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.pathway import GAINS, add_top, merge_level
+
+
+class Sam2Forward(FusedForward):
+    """Maps in, finest first; (maps, positional encodings) out, finest first.
+
+    The sums are float32 there, and so are the merged maps, also where the convolutions run in 16 bits; here too.
+    """
+
+    convs: nn.ModuleList
+    position_encoding: nn.Module
+    fpn_interp_model: str
+    fuse_type: str
+    fpn_top_down_levels: Sequence[int]
+
+    def forward(self, xs: Sequence[Tensor]) -> Any:
+        if len(xs) != len(self.convs):
+            return super().forward(xs)  # type: ignore[misc]
+        maps: list[Tensor] = []
+        for level in reversed(range(len(xs))):
+            top = maps[-1] if maps and level in self.fpn_top_down_levels else None
+            maps.append(self._merge(self.convs[len(xs) - 1 - level], xs[level], top))
+        maps.reverse()
+        return maps, [self.position_encoding(merged).to(merged.dtype) for merged in maps]
+
+    def _merge(self, block: nn.Module, feature: Tensor, top: Tensor | None) -> Tensor:
+        options: Any = {"mode": self.fpn_interp_model, "gain": GAINS[self.fuse_type], "scale_factor": 2}
+        parameters = block_parameters(block, 1)
+        device = feature.device.type
+        wide = feature.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        if top is None or (wide and top.dtype == torch.float32):
+            return merge_level(feature, block, parameters, top, **options)
+        lateral = merge_level(feature, block, parameters, None)
+        dtype = torch.promote_types(lateral.dtype, torch.float32)
+        with torch.autocast(device, enabled=False):
+            return add_top(lateral.to(dtype), top.float().to(dtype), **options)
+
+
+class _Encoding(nn.Module):
+    """Stands in for a positional encoding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Sam2Dialect(Dialect):
+    name = "SAM 2 FpnNeck"
+    packages = ("sam2",)
+    class_names = ("FpnNeck",)
+    forwards = (Sam2Forward,)
+
+    def fits(self, module: nn.Module) -> bool:
+        return (
+            has_attributes(module, "fpn_interp_model", "fuse_type", "fpn_top_down_levels")
+            and isinstance(getattr(module, "convs", None), nn.ModuleList)
+            and isinstance(getattr(module, "position_encoding", None), nn.Module)
+            and len(module.convs) > 0  # type: ignore[arg-type]
+        )
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if module.fuse_type not in GAINS:
+            return f"fuse_type={module.fuse_type!r} is not one of 'sum', 'avg'"
+        return resize_refusal("fpn_interp_model", module.fpn_interp_model)
+
+    def stand_ins(self, module: nn.Module, random: Random) -> Mapping[str, nn.Module]:
+        return {"position_encoding": _Encoding()}
+
+    def example(self, module: nn.Module, random: Random) -> tuple[Any, ...]:
+        channels = [in_channels(block) for block in module.convs]  # type: ignore[union-attr,operator]
+        return (random.pyramid(channels[::-1], exact=True),)

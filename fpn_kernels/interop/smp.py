@@ -1,0 +1,44 @@
+"""segmentation_models_pytorch's `FPNBlock`, the merges p4, p3 and p2 of its FPN decoder: enlarging by 2.
+
+The blocks after the pyramid (segmentation heads) are left as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fpn_kernels.interop.blocks import block_parameters
+from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.pathway import merge_level
+
+
+class SmpForward(FusedForward):
+    """``skip_conv(skip)`` and the enlarged coarser map in one call."""
+
+    skip_conv: nn.Module
+    interpolation_mode: str
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        mode = getattr(self, "interpolation_mode", "nearest")
+        parameters = block_parameters(self.skip_conv, 1)
+        return merge_level(skip, self.skip_conv, parameters, x, mode=mode, scale_factor=2)
+
+
+class SmpDialect(Dialect):
+    name = "segmentation_models_pytorch FPNBlock"
+    packages = ("segmentation_models_pytorch",)
+    class_names = ("FPNBlock",)
+    forwards = (SmpForward,)
+
+    def fits(self, module: nn.Module) -> bool:
+        return has_attributes(module, "skip_conv") and isinstance(module.skip_conv, nn.Module)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        return resize_refusal("interpolation_mode", getattr(module, "interpolation_mode", "nearest"))
+
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        fine, coarse = random.pyramid([in_channels(module.skip_conv), module.skip_conv.out_channels], exact=True)
+        return coarse, fine

@@ -1,0 +1,87 @@
+"""How a module is given another forward and keeps everything else: its class becomes a subclass of its own.
+
+The instance keeps its `__dict__`, so its parameters, buffers, hooks, name in the model, training mode and every
+option are the same objects as before; nothing is stored on it, so giving the class back restores it wholly.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+from typing import Any, NoReturn
+
+from torch import nn
+
+
+class FusedForward:
+    """Base of the forwards of the dialects: what a fused module has besides its own class.
+
+    A dialect's forward is a subclass of this one, whose `forward` reads the options of the foreign class from the
+    instance at each call and falls back on ``super().forward`` for calls that it has no fused answer to.
+    """
+
+    _fpn_kernels_original: type[nn.Module]
+    _fpn_kernels_forward: type[FusedForward]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass has no name that pickle could find it by: it is made anew from the two classes that have.
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__ and arguments[0] is self._fpn_kernels_class():  # type: ignore[attr-defined]
+            return (_new_instance, (self._fpn_kernels_original, self._fpn_kernels_forward, *arguments[1:]), *rest)
+        return (function, arguments, *rest)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script cannot compile the fused forward of {type(self).__name__}: call"
+            " fpn_kernels.unfuse(model) before scripting (torch.compile and torch.export take fused models)"
+        )
+
+    @classmethod
+    def _fpn_kernels_class(cls) -> type:
+        """The class that `swap` gave; a wrapper may have derived another one from it since (FSDP does)."""
+        return next(base for base in cls.__mro__ if "_fpn_kernels_original" in base.__dict__)
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[FusedForward]], type[nn.Module]] = {}
+
+
+def fused_class(original: type[nn.Module], forward: type[FusedForward]) -> type[nn.Module]:
+    """The subclass of `original` that computes by `forward`; one and the same for the same two."""
+    key = (original, forward)
+    if key not in _CLASSES:
+        body = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "_fpn_kernels_original": original,
+            "_fpn_kernels_forward": forward,
+        }
+        # new_class finds the metaclass that fits (MMDetection's and Detectron2's classes have ABCMeta).
+        _CLASSES[key] = types.new_class(original.__name__, (forward, original), {}, lambda names: names.update(body))
+    return _CLASSES[key]
+
+
+def swap(module: nn.Module, forward: type[FusedForward]) -> None:
+    """Gives `module` the fused forward."""
+    module.__class__ = fused_class(type(module), forward)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module computes by a fused forward."""
+    return isinstance(module, FusedForward)
+
+
+def was_rewrapped(module: nn.Module) -> bool:
+    """Whether something (FSDP, a parametrisation) derived another class from a fused module's since."""
+    return "_fpn_kernels_original" not in type(module).__dict__
+
+
+def restore(module: nn.Module) -> None:
+    """Gives a fused module its own class back."""
+    module.__class__ = type(module).__dict__["_fpn_kernels_original"]
+
+
+def _new_instance(original: type[nn.Module], forward: type[FusedForward], *arguments: Any) -> Any:
+    cls = fused_class(original, forward)
+    return cls.__new__(cls, *arguments)

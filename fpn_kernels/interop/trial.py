@@ -1,0 +1,116 @@
+"""A trial of a fused forward against the module's own, on random weights and a small random input.
+
+A class's name and its attributes say what it should compute; its code may be another version's, a fork's or have a
+method overridden.  So each module is run once, on the CPU, before anything is swapped: as a copy whose parameters
+are random (an output layer that starts at zero would hide everything before it), without its hooks.  The module
+itself, its device and the random state are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fpn_kernels.backends.selection import use_backend
+from fpn_kernels.interop.comparison import first_difference
+from fpn_kernels.interop.dialect import Dialect, Random
+from fpn_kernels.interop.swapping import FusedForward, fused_class
+
+# Float32 sums of another order differ by some 1e-6; a wrong pixel, level or weight by some 1e-1.
+_TOLERANCE = 1e-4
+
+
+class TrialFailedError(Exception):
+    """The module itself could not be run on the random input."""
+
+
+def same_forward(module: nn.Module, dialect: Dialect) -> type[FusedForward] | str:
+    """The dialect's forward that computes what the module does, or how they differ.
+
+    Raises:
+        TrialFailedError: the copy of the module could not be made or run, so nothing is known.
+    """
+    random = Random()
+    try:
+        copied = _random_copy(module, dialect.stand_ins(module, random), random)
+        arguments = dialect.example(copied, random)
+        expected = _run(copied, type(module), arguments)
+    except Exception as error:
+        raise TrialFailedError(f"{type(error).__name__}: {error}") from error
+    difference = ""
+    for forward in dialect.forwards:
+        try:
+            actual = _run(copied, fused_class(type(module), forward), arguments)
+        except Exception as error:
+            difference = f"{type(error).__name__}: {error}"
+            continue
+        found = first_difference(actual, expected, _TOLERANCE)
+        if found is None:
+            return forward
+        difference = difference or str(found)
+    return difference
+
+
+def _random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], random: Random) -> nn.Module:
+    """A float32 copy on the CPU with random parameters and no hooks; nothing of the original is copied by value."""
+    memo: dict[int, Any] = {id(module.get_submodule(name)): stand_in for name, stand_in in stand_ins.items()}
+    replaced = {id(part) for name in stand_ins for part in module.get_submodule(name).modules()}
+    for part in module.modules():
+        if id(part) in replaced:
+            continue
+        for name, value in part.__dict__.items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+            elif isinstance(value, Tensor):  # what a hook computed (old-style spectral_norm), not a parameter
+                memo[id(value)] = _random_like(value, random)
+        for parameter in part._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(_random_like(parameter, random))
+        for buffer in part._buffers.values():
+            if buffer is not None and id(buffer) not in memo:
+                # Statistics and their like: positive, since one of them may be a variance.
+                floating = buffer.is_floating_point()
+                memo[id(buffer)] = random.positive(*buffer.shape) if floating else _zeros_like(buffer)
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
+
+
+def _random_like(tensor: Tensor, random: Random) -> Tensor:
+    if not tensor.is_floating_point():
+        return _zeros_like(tensor)
+    if tensor.dim() < 2:
+        return random.positive(*tensor.shape)
+    fan_in = max(tensor[0].numel(), 1) if tensor.shape[0] else 1
+    return random.normal(*tensor.shape).div_(fan_in**0.5)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _run(module: nn.Module, cls: type[nn.Module], arguments: tuple[Any, ...]) -> Any:
+    """Outputs in eval mode and in training, as a module of class `cls`; the buffers are put back."""
+    kept = module.__class__, {id(part): part.training for part in module.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    # Eager, so that a backend forced for another device does not decide whether a module is known.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]), use_backend("eager"):
+        try:
+            module.__class__ = cls
+            results = []
+            for training in (False, True):
+                module.train(training)
+                torch.default_generator.manual_seed(0)
+                results.append(module(*pytree.tree_map_only(Tensor, torch.clone, arguments)))
+        finally:
+            module.__class__ = kept[0]
+            for part in module.modules():
+                part.training = kept[1][id(part)]
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return pytree.tree_map_only(Tensor, torch.clone, results)

@@ -1,0 +1,113 @@
+"""The two halves of a pyramid, over the blocks that hold its parameters: the top-down pathway and the outputs.
+
+Every block that a fused call can stand in for is given to one; any other is called as the module it is, and its
+result merged by `upsample_add`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpn_kernels import functional
+from fpn_kernels.modules.fusing import fused_parameters
+
+GAINS = {"sum": 1.0, "avg": 0.5}
+
+Parameters = tuple[Tensor, Tensor | None]
+FindParameters = Callable[[nn.Module, int], Parameters | None]
+
+
+def merge_levels(
+    features: Sequence[Tensor],
+    blocks: Sequence[nn.Module],
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    scale_factor: int | None = None,
+    find_parameters: FindParameters = fused_parameters,
+) -> Sequence[Tensor]:
+    """The top-down pathway: the merged maps, finest first.
+
+    Args:
+        features: the backbone's maps, finest first.
+        blocks: the lateral block of each level.
+        mode: as in `fpn_kernels.upsample_add`.
+        gain: factor on each merge.
+        scale_factor: None where a map is resized to the size of the one it is added to; a number where it is
+            enlarged by that, so that other sizes are the error (or the broadcast) of PyTorch's own sum.
+        find_parameters: gives the weight and bias of a block, or None where it must run as a module.
+    """
+    parameters = [find_parameters(block, 1) for block in blocks]
+    fused = [each for each in parameters if each is not None]
+    if len(fused) == len(blocks) and all(
+        _fits(top, feature, scale_factor) for feature, top in itertools.pairwise(features)
+    ):
+        weights, biases = zip(*fused, strict=True)
+        return functional.top_down_pathway(features, weights, biases, mode=mode, gain=gain)
+    merged: list[Tensor] = []
+    for level in reversed(range(len(features))):
+        top = merged[-1] if merged else None
+        merged.append(
+            merge_level(
+                features[level], blocks[level], parameters[level], top, mode=mode, gain=gain, scale_factor=scale_factor
+            )
+        )
+    return merged[::-1]
+
+
+def merge_level(
+    feature: Tensor,
+    block: nn.Module,
+    parameters: Parameters | None,
+    top: Tensor | None,
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    scale_factor: int | None = None,
+) -> Tensor:
+    """One level: ``gain * (block(feature) + resize(top))``, or ``block(feature)`` where there is no `top`."""
+    if parameters is not None and _can_merge(feature, top, scale_factor):
+        return functional.lateral_connection(feature, *parameters, top, mode=mode, gain=gain)
+    lateral: Tensor = block(feature) if parameters is None else functional.lateral_connection(feature, *parameters)
+    return lateral if top is None else add_top(lateral, top, mode=mode, gain=gain, scale_factor=scale_factor)
+
+
+def add_top(
+    lateral: Tensor, top: Tensor, *, mode: str = "nearest", gain: float = 1.0, scale_factor: int | None = None
+) -> Tensor:
+    """``gain * (lateral + resize(top))``, also of two dtypes and of sizes that `scale_factor` does not meet."""
+    if not _fits(top, lateral, scale_factor):
+        align_corners = False if mode == "bilinear" else None
+        enlarged = F.interpolate(top, scale_factor=scale_factor, mode=mode, align_corners=align_corners)
+        return gain * (lateral + enlarged)
+    # A norm may return another dtype than the level above has (GroupNorm under autocast: float32); the sum of
+    # two dtypes is eager PyTorch's.
+    dtype = torch.promote_types(lateral.dtype, top.dtype)
+    return functional.upsample_add(top.to(dtype), lateral.to(dtype), mode=mode, gain=gain)
+
+
+def output_map(block: nn.Module, merged: Tensor, *, find_parameters: FindParameters = fused_parameters) -> Tensor:
+    """One level's output block on its merged map."""
+    parameters = find_parameters(block, 3)
+    result: Tensor = block(merged) if parameters is None else functional.output_conv(merged, *parameters)
+    return result
+
+
+def _can_merge(feature: Tensor, top: Tensor | None, scale_factor: int | None) -> bool:
+    if top is None:
+        return True
+    cast = torch.is_autocast_enabled(feature.device.type)
+    return (cast or top.dtype == feature.dtype) and _fits(top, feature, scale_factor)
+
+
+def _fits(top: Tensor, lateral: Tensor, scale_factor: int | None) -> bool:
+    """Whether `top`, enlarged by `scale_factor`, has the size of `lateral`."""
+    if scale_factor is None:
+        return True
+    sizes = zip(top.shape[-2:], lateral.shape[-2:], strict=True)
+    return all(coarse * scale_factor == fine for coarse, fine in sizes)

@@ -1,0 +1,196 @@
+"""`convert_state_dict`: the weights of each dialect in the modules of every other one that can hold them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from foreign import detectron2_twin, mmdet_twin, sam2_twin, smp_twin, torchvision_twin
+from fusion_cases import DOUBLING, RES
+from resnet_twins import OUT, kuangliu_fpn101
+from torch import Tensor, nn
+from twins import CHANNELS, NAMES, WIDTH, group_norm, scramble
+
+import fpn_kernels
+from fpn_kernels import convert_state_dict
+
+_BN = nn.BatchNorm2d
+
+
+def _torchvision(norm: Any = None, extra: bool = False) -> nn.Module:
+    blocks = torchvision_twin.LastLevelP6P7(CHANNELS[-1], WIDTH) if extra else None
+    return torchvision_twin.FeaturePyramidNetwork(CHANNELS, WIDTH, blocks, norm)
+
+
+def _own(norm: Any = None, extra: bool = False) -> nn.Module:
+    blocks = fpn_kernels.LastLevelP6P7(CHANNELS[-1], WIDTH) if extra else None
+    return fpn_kernels.FeaturePyramidNetwork(CHANNELS, WIDTH, blocks, norm)
+
+
+def _detectron2(norm: Any = None, extra: bool = False) -> nn.Module:
+    class Given(nn.Module):
+        def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+            return x
+
+    top = detectron2_twin.LastLevelP6P7(CHANNELS[-1], WIDTH) if extra else None
+    return detectron2_twin.FPN(Given(), RES, CHANNELS, WIDTH, norm, top)
+
+
+def _mmdet(norm: Any = None, extra: bool = False) -> nn.Module:
+    options: Any = {"add_extra_convs": "on_input", "relu_before_extra_convs": True} if extra else {}
+    name = {None: None, _BN: "BN", group_norm: "GN"}[norm]
+    neck = mmdet_twin.FPN(CHANNELS, WIDTH, 6 if extra else 4, norm=name, **options)
+    if extra and norm is not None:  # the others' extra levels have no norm
+        for level in (4, 5):
+            neck.fpn_convs[level] = mmdet_twin.ConvModule(
+                neck.fpn_convs[level].conv.in_channels, WIDTH, 3, 2, None, None
+            )
+    return neck
+
+
+def _run(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    named = dict(zip(RES if isinstance(model, detectron2_twin.FPN) else NAMES, maps, strict=True))
+    if isinstance(model, sam2_twin.FpnNeck):
+        return model(maps)[0]
+    result = model(tuple(maps) if isinstance(model, mmdet_twin.FPN) else named)
+    return list(result) if isinstance(result, tuple) else list(result.values())
+
+
+_WHOLE: dict[str, Callable[..., nn.Module]] = {
+    "torchvision": _torchvision,
+    "detectron2": _detectron2,
+    "mmdet": _mmdet,
+    "fpn_kernels": _own,
+}
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["4-levels", "p6p7"])
+@pytest.mark.parametrize("norm", [None, _BN, group_norm], ids=["none", "bn", "gn"])
+@pytest.mark.parametrize(("source", "target"), [*itertools.permutations(_WHOLE, 2)])
+def test_weights_load_strictly_and_compute_the_same(source: str, target: str, norm: Any, extra: bool) -> None:
+    old, new = _WHOLE[source](norm, extra).eval(), _WHOLE[target](norm, extra).eval()
+    scramble(old)
+    state = old.state_dict()
+    converted = convert_state_dict(state, source, target)
+    new.load_state_dict(converted, strict=True)
+    values = {id(value) for value in state.values()}
+    assert all(id(value) in values for value in converted.values()), "the values are copies"
+    maps = [torch.randn(2, c, *size) for c, size in zip(CHANNELS, DOUBLING, strict=True)]
+    with torch.no_grad():
+        for got, want in zip(_run(new, maps), _run(old, maps), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    back = convert_state_dict(converted, target, source)
+    assert {name: id(value) for name, value in back.items()} == {name: id(value) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("target", ["torchvision", "detectron2", "mmdet"])
+def test_missing_output_convolutions_become_the_identity(target: str) -> None:
+    neck = sam2_twin.FpnNeck(sam2_twin.PositionEncoding(), WIDTH, CHANNELS[::-1], fpn_interp_model="nearest")
+    scramble(neck)
+    model = _WHOLE[target]()
+    state = neck.state_dict()
+    converted = convert_state_dict(state, "sam2", target)
+    model.load_state_dict(converted, strict=True)
+    maps = [torch.randn(2, c, *size) for c, size in zip(CHANNELS, DOUBLING, strict=True)]
+    with torch.no_grad():
+        for got, want in zip(_run(model, maps), _run(neck, maps), strict=True):
+            torch.testing.assert_close(got, want)
+    back = convert_state_dict(converted, target, "sam2")
+    assert {name: id(value) for name, value in back.items()} == {name: id(value) for name, value in state.items()}
+
+
+def test_a_single_file_network_and_its_backbone() -> None:
+    network = kuangliu_fpn101(4)
+    scramble(network)
+    original = network.state_dict()
+    state = convert_state_dict(original, "kuangliu", "torchvision")
+    fpn = fpn_kernels.FeaturePyramidNetwork([16, 32, 64, 128], OUT, mode="bilinear")
+    fpn.load_state_dict({k: v for k, v in state.items() if k.startswith(("inner", "layer_"))}, strict=True)
+    assert state["layer1.0.conv1.weight"] is original["layer1.0.conv1.weight"]
+    network.eval()
+    image, maps = torch.randn(1, 3, 75, 118), []
+    for stage in range(1, 5):
+        getattr(network, f"layer{stage}").register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.no_grad():
+        expected = network(image)
+        for got, want in zip(fpn(maps), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    kuangliu_fpn101(4).load_state_dict(convert_state_dict(state, "torchvision", "kuangliu"), strict=True)
+
+
+def test_the_pyramid_of_a_segmentation_decoder() -> None:
+    decoder = smp_twin.FPNDecoder(CHANNELS, WIDTH)
+    state = convert_state_dict(decoder.state_dict(), "smp", "sam2")
+    neck = sam2_twin.FpnNeck(sam2_twin.PositionEncoding(), WIDTH, CHANNELS[::-1], fpn_interp_model="nearest")
+    neck.load_state_dict({k: v for k, v in state.items() if not k.startswith("seg_blocks")}, strict=True)
+    maps = [torch.randn(2, c, *size) for c, size in zip(CHANNELS, DOUBLING, strict=True)]
+    seen: list[Tensor] = []
+    for level in (5, 4, 3, 2):
+        getattr(decoder, f"p{level}").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    decoder(maps)
+    for got, want in zip(neck(maps)[0], reversed(seen), strict=True):
+        torch.testing.assert_close(got, want)
+    decoder.load_state_dict(convert_state_dict(state, "sam2", "smp"), strict=True)
+
+
+def test_prefixes_are_kept_and_other_keys_pass() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(2, 2), "backbone": nn.ModuleDict({"fpn": _torchvision()}), "b": _own()})
+    state = model.state_dict()
+    converted = convert_state_dict(state, "torchvision", "mmdet")
+    assert converted["backbone.fpn.lateral_convs.2.conv.weight"] is state["backbone.fpn.inner_blocks.2.0.weight"]
+    assert converted["b.fpn_convs.0.conv.bias"] is state["b.layer_blocks.0.0.bias"]
+    assert converted["head.weight"] is state["head.weight"] and len(converted) == len(state)
+    assert type(converted) is OrderedDict and "b.layer_blocks.0.0.bias" in state, "the caller's was changed"
+
+
+def test_three_levels_are_numbered_from_stride_32_down() -> None:
+    three = torchvision_twin.FeaturePyramidNetwork(CHANNELS[1:], WIDTH).state_dict()
+    keys = set(convert_state_dict(three, "torchvision", "detectron2"))
+    assert {"fpn_lateral3.weight", "fpn_output5.bias"} <= keys and "fpn_lateral2.weight" not in keys
+
+
+@pytest.mark.parametrize(
+    ("make", "source", "target", "message"),
+    [
+        (lambda: _torchvision().state_dict(), "torchvision", "sam2", "layer_blocks.0.0.weight has no place .*'sam2'"),
+        (lambda: _torchvision().state_dict(), "torchvision", "kuangliu", "layer_blocks.3.0.weight has no place"),
+        (lambda: _mmdet(_BN).state_dict(), "mmdet", "kuangliu", "lateral_convs.0.bn.weight has no place"),
+        (lambda: _detectron2(None, True).state_dict(), "detectron2", "kuangliu", "has no place .*'kuangliu'"),
+        (lambda: _torchvision().state_dict(), "mmdet", "torchvision", "state: holds no feature pyramid of 'mmdet'"),
+        (lambda: {}, "torchvision", "mmdet", "state: holds no feature pyramid of 'torchvision'"),
+        (lambda: {}, "torchvison", "mmdet", "source: expected one of .*'torchvision'.*got 'torchvison'"),
+        (lambda: {}, "torchvision", "paddle", "target: expected one of .*got 'paddle'"),
+        (
+            lambda: {"fpn_lateral6.weight": 0, "fpn_lateral7.weight": 0},
+            "detectron2",
+            "mmdet",
+            "state: expected fpn_lateral4.weight in a pyramid of 2 levels",
+        ),
+        (
+            lambda: sam2_twin.FpnNeck(nn.Identity(), 4, [3, 3, 3]).state_dict(),
+            "sam2",
+            "smp",
+            "a pyramid of 'smp' has 4 levels, this one has 3",
+        ),
+    ],
+)
+def test_errors(make: Callable[[], Any], source: str, target: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(make(), source, target)
+
+
+@pytest.mark.parametrize(
+    ("state", "source", "target", "message"),
+    [
+        ([], "torchvision", "mmdet", "state: expected a mapping of names to tensors, got list"),
+        ({}, None, "mmdet", "source: expected the name of a dialect, got NoneType"),
+        ({}, "mmdet", 2, "target: expected the name of a dialect, got int"),
+    ],
+)
+def test_wrong_types(state: Any, source: Any, target: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        convert_state_dict(state, source, target)

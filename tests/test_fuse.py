@@ -1,0 +1,329 @@
+"""`fuse` and `unfuse`: what a fused module keeps, what is left alone, and what the errors say."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign.torchvision_twin import BackboneWithFPN, FeaturePyramidNetwork
+from fusion_cases import ONE_EACH, Case, fused_calls, leaves, network_of
+from oracle import error
+from torch import Tensor, nn
+from twins import CHANNELS, WIDTH, assert_same, maps
+
+import fpn_kernels
+from fpn_kernels.interop.swapping import is_fused
+
+ALL_FUSED = ["lateral_connection"] * 4
+
+
+_one_each = pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+
+
+# ----------------------------------------------------------------------------------------- what it keeps
+
+
+@_one_each
+def test_a_fused_module_is_what_it_was(case: Case) -> None:
+    model = nn.Sequential(case.make())
+    before = dict(model.named_modules())
+    classes = {name: type(module) for name, module in before.items()}
+    parameters, keys, text = list(model.parameters()), list(model.state_dict()), repr(model)
+    attributes = {name: dict(module.__dict__) for name, module in before.items()}
+    assert fpn_kernels.fuse(model) is model
+    assert any(is_fused(module) for module in model.modules())
+    for name, module in model.named_modules():
+        assert module is before[name] and isinstance(module, classes[name])
+        assert type(module).__name__ == classes[name].__name__ and module.__dict__ == attributes[name]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys and repr(model) == text
+    assert fpn_kernels.unfuse(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: module.__dict__ for name, module in model.named_modules()} == attributes
+
+
+def _torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, copy.copy, _torch_save]
+    + [lambda m, p=protocol: pickle.loads(pickle.dumps(m, protocol=p)) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)],
+    ids=["deepcopy", "copy", "torch.save", "pickle-0", "pickle-2", "pickle"],
+)
+@_one_each
+def test_copies_are_fused_and_whole(case: Case, clone: Callable[[nn.Module], nn.Module]) -> None:
+    model = case.make().eval()
+    originals = [type(module) for module in model.modules()]
+    fpn_kernels.fuse(model)
+    example = case.example()
+    with torch.no_grad():
+        expected = leaves(model(*example))
+        copied = clone(model)
+        assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+        assert fused_calls(lambda: copied(*example)) == case.calls
+        for got, want in zip(leaves(copied(*example)), expected, strict=True):
+            assert torch.equal(got, want)
+        if clone is not copy.copy:
+            next(copied.parameters()).zero_()
+            assert torch.equal(leaves(model(*example))[0], expected[0])
+    assert [type(module) for module in fpn_kernels.unfuse(copied).modules()] == originals
+
+
+def test_an_optimiser_made_before_goes_on() -> None:
+    twin, network = network_of(norm=nn.BatchNorm2d).train(), None
+    network = copy.deepcopy(twin)
+    optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (twin, network)]
+    for step in range(3):
+        x = maps()
+        if step == 1:
+            fpn_kernels.fuse(network)
+        if step == 2:
+            fpn_kernels.unfuse(network)
+        for model, optimiser in zip((twin, network), optimisers, strict=True):
+            optimiser.zero_grad()
+            sum(p.square().mean() for p in model(x).values()).backward()
+            optimiser.step()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(dict(network.named_parameters())[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["", "inner_blocks.1", "inner_blocks.1.0", "layer_blocks.2.0"])
+def test_hooks_of_before_and_after_fire(where: str) -> None:
+    twin = network_of()
+    network = copy.deepcopy(twin)
+    seen: list[nn.Module] = []
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        seen.append(module)
+        return OrderedDict((k, 2 * v) for k, v in output.items()) if isinstance(output, dict) else 2 * output
+
+    x = maps()
+    for model in (twin, network):
+        model.get_submodule(where).register_forward_hook(hook)
+    fpn_kernels.fuse(network)
+    assert seen == [], "the trial runs no hook"
+    for model in (twin, network):
+        model.get_submodule(where).register_forward_hook(hook)
+    assert_same(network(x), twin(x))
+    assert seen == 2 * [network.get_submodule(where)] + 2 * [twin.get_submodule(where)]
+
+
+def test_a_convolution_replaced_after_fusing_is_called() -> None:
+    class Doubling(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    twin = network_of()
+    network = fpn_kernels.fuse(copy.deepcopy(twin))
+    for model in (network, twin):
+        model.inner_blocks[1][0].__class__ = Doubling
+    x = maps()
+    assert fused_calls(lambda: assert_same(network(x), twin(x))) == [*ALL_FUSED[:2], "upsample_add", ALL_FUSED[0]]
+
+
+def test_modes_and_devices_move_as_before() -> None:
+    network = fpn_kernels.fuse(network_of().train())
+    assert network.training and all(m.training for m in network.modules())
+    assert not network.eval().training
+    assert next(network.to("meta").parameters()).device.type == "meta"
+
+
+def test_nothing_of_the_callers_state_is_touched() -> None:
+    network = network_of(norm=nn.BatchNorm2d).train()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    x, random = maps(), torch.get_rng_state()
+    fpn_kernels.fuse(network, verify=x)
+    assert torch.equal(torch.get_rng_state(), random) and all(m.training for m in network.modules())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_weights_without_values_can_be_fused() -> None:
+    with torch.device("meta"):
+        network = FeaturePyramidNetwork(CHANNELS, WIDTH)
+    assert is_fused(fpn_kernels.fuse(network)) and next(network.parameters()).device.type == "meta"
+    twin = network_of()
+    network.load_state_dict(twin.state_dict(), assign=True)
+    x = maps()
+    assert_same(network(x), twin(x))
+
+
+class LowRank(nn.Module):
+    """A convolution wrapped as adapters wrap it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.low_rank = base, nn.Conv2d(base.in_channels, base.out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.low_rank(x)
+
+
+def _with_adapter(network: Any) -> None:
+    network.inner_blocks[1][0] = LowRank(network.inner_blocks[1][0])
+
+
+def _with_old_spectral_norm(network: Any) -> None:
+    nn.utils.spectral_norm(network.inner_blocks[1][0])
+    network(maps())  # its weight is from now on a result, no parameter
+
+
+def _with_patched_convolution(network: Any) -> None:
+    convolution = network.inner_blocks[1][0]
+    convolution.forward = functools.partial(_doubled, convolution)
+
+
+def _doubled(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    return 2 * nn.Conv2d.forward(convolution, x)
+
+
+_EDITS = [_with_adapter, _with_old_spectral_norm, _with_patched_convolution]
+
+
+@pytest.mark.parametrize("edit", _EDITS, ids=["adapter", "spectral-norm", "patched"])
+@pytest.mark.parametrize("first", ["edit", "fuse"])
+def test_convolutions_edited_before_or_after_run_as_they_are(edit: Callable[[Any], None], first: str) -> None:
+    network = network_of()
+    for step in (edit, fpn_kernels.fuse) if first == "edit" else (fpn_kernels.fuse, edit):
+        step(network)
+    assert is_fused(network)
+    x = maps()
+    with torch.no_grad():
+        calls = fused_calls(lambda: network(x))
+        actual = network(x)
+        assert_same(actual, fpn_kernels.unfuse(network)(x))
+    assert calls == [*ALL_FUSED[:2], "upsample_add", ALL_FUSED[0]], "the other levels stay fused"
+
+
+def test_a_parametrised_weight_is_trained_through() -> None:
+    network = network_of()
+    nn.utils.parametrizations.weight_norm(network.inner_blocks[1][0])
+    twin, x = copy.deepcopy(network), maps()
+    fpn_kernels.fuse(network)
+    assert fused_calls(lambda: assert_same(network(x), twin(x))) == ALL_FUSED
+    for model in (network, twin):
+        sum(p.square().sum() for p in model(x).values()).backward()
+    for (name, got), want in zip(network.named_parameters(), twin.parameters(), strict=True):
+        assert error(got.grad, want.grad.double()) < 1e-4, name
+
+
+_READER = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+x = torch.load(sys.argv[2], weights_only=False)
+from fpn_kernels.backends.selection import record_calls
+with torch.no_grad(), record_calls() as calls:
+    torch.save(model(x), sys.argv[2])
+assert [name for name, _ in calls if name != "output_conv"] == ["lateral_connection"] * 4, calls
+absent = ["torchvision", "detectron2", "mmdet", "sam2", "segmentation_models_pytorch", "effdet"]
+assert not set(absent) & set(sys.modules)
+"""
+
+
+def test_a_saved_model_loads_in_a_process_that_never_fused(tmp_path: Path) -> None:
+    network, x = fpn_kernels.fuse(network_of(norm=nn.BatchNorm2d)), maps()
+    torch.save(network, tmp_path / "model.pt")
+    torch.save(x, tmp_path / "x.pt")
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", _READER, str(tmp_path / "model.pt"), str(tmp_path / "x.pt")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert_same(torch.load(tmp_path / "x.pt", weights_only=False), network(x))
+
+
+# ------------------------------------------------------------------------------------- inside other things
+
+
+def test_inside_a_model_shared_and_nested() -> None:
+    shared = network_of()
+
+    class Nested(FeaturePyramidNetwork):
+        """A pyramid that holds another one."""
+
+        def __init__(self) -> None:
+            super().__init__(CHANNELS, WIDTH)
+            self.other = network_of()
+
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": Nested()})
+    _, report = fpn_kernels.fuse(model, report=True)
+    assert list(report.fused) == ["a", "c", "c.other"] and not report.left
+    assert model["a"] is model["b"] is shared and is_fused(model["b"])
+    fpn_kernels.unfuse(model["b"])
+    assert not is_fused(model["a"]) and is_fused(model["c"].other)
+
+
+def test_a_backbone_with_odd_sizes_trains_and_detects_as_before() -> None:
+    twin = BackboneWithFPN(CHANNELS, WIDTH)
+    network = fpn_kernels.fuse(copy.deepcopy(twin), verify=torch.randn(1, 3, 99, 141))
+    image = torch.randn(2, 3, 99, 141)
+    results = [model(image) for model in (network, twin)]
+    assert_same(*results)
+    for result in results:
+        sum(p.square().sum() for p in result.values()).backward()
+    for (name, got), want in zip(network.named_parameters(), twin.parameters(), strict=True):
+        assert error(got.grad, want.grad.double()) < 2e-5, name
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        twin = network_of().train()
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
+        fpn_kernels.fuse(wrapped)
+        assert is_fused(wrapped.module)
+        again = nn.parallel.DistributedDataParallel(fpn_kernels.fuse(copy.deepcopy(twin)))
+        x = maps()
+        for model in (wrapped, again, twin):
+            sum(p.square().sum() for p in model(x).values()).backward()
+        for model in (wrapped, again):
+            for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+                assert error(got.grad, want.grad.double()) < 2e-5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["compile then fuse", "fuse then compile"])
+def test_torch_compile(order: str) -> None:
+    network, x = network_of(), maps()
+    expected = network(x)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    if order == "compile then fuse":
+        assert_same(compiled(x), expected)
+    fpn_kernels.fuse(compiled)
+    assert is_fused(network)
+    with torch.no_grad():
+        assert fused_calls(lambda: assert_same(compiled(x), expected)) == ALL_FUSED
+
+
+def test_torch_export() -> None:
+    network, x = fpn_kernels.fuse(network_of()), maps()
+    with torch.no_grad():
+        program = torch.export.export(network, (x,))
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("fpn_kernels.lateral_connection.default") == 4
+    assert_same(program.module()(x), network(x))
+
+
+def test_torch_jit_script_says_what_to_do() -> None:
+    model = nn.Sequential(fpn_kernels.fuse(network_of()))
+    with pytest.raises(TypeError, match=r"torch.jit.script cannot compile .* call fpn_kernels.unfuse\(model\)"):
+        torch.jit.script(model)
