@@ -14,6 +14,7 @@ from fpn_kernels.modules import (
     resnet50_fpn,
     resnet101_fpn,
 )
+from fpn_kernels.operators.decompositions import decompositions
 from fpn_kernels.roi import assign_levels
 from fpn_kernels.version import __version__
 
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "assign_levels",
     "available_backends",
+    "decompositions",
     "explain",
     "lateral_connection",
     "output_conv",

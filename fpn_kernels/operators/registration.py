@@ -45,12 +45,14 @@ def _autocast_kernel(name: str, device_type: str, key: str) -> Callable[..., Any
     def kernel(*arguments: Any, **keywords: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            return value if value.dtype == torch.float64 else value.to(dtype)
-
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return getattr(torch.ops.fpn_kernels, name)(*map(cast, arguments), **keywords)
+            return getattr(torch.ops.fpn_kernels, name)(*(cast(value, dtype) for value in arguments), **keywords)
 
     return kernel
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument as autocast passes it on."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype == torch.float64 else value.to(dtype)
