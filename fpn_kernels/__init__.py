@@ -16,6 +16,7 @@ from fpn_kernels.modules import (
     resnet50_fpn,
     resnet101_fpn,
 )
+from fpn_kernels.operators.decompositions import decompositions
 from fpn_kernels.roi import assign_levels
 from fpn_kernels.version import __version__
 
@@ -31,6 +32,7 @@ __all__ = [
     "assign_levels",
     "available_backends",
     "convert_state_dict",
+    "decompositions",
     "explain",
     "fuse",
     "lateral_connection",

@@ -12,6 +12,7 @@ size and layout, so that a result does not depend on the layout of a map, and th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -102,3 +103,23 @@ def indices_agree(in_size: int, out_size: int, mode: str, dtype: torch.dtype) ->
         return bool((clearance > 4 * torch.finfo(torch.float32).eps * position.clamp(min=1)).all())
     second = (destination * (in_size / out_size)).float().floor().long().clamp(max=in_size - 1)
     return torch.equal(second, source_index(in_size, out_size, mode))
+
+
+def _float32(value: float) -> float:
+    """Rounded to float32; products and quotients of float32 values made in float64 round to what float32 gives."""
+    return ctypes.c_float(value).value
+
+
+@functools.lru_cache(maxsize=1024)
+def formulas_agree(in_size: int, out_size: int) -> bool:
+    """Whether every usual way to compute the "nearest" index names the pixels of `source_index` along one axis.
+
+    They are the rational ``dst * in // out``, and ONNX's ``floor(dst / scale)`` with ``scale = float32(out / in)``.
+    On Python's numbers: it is asked while a program is traced, when a tensor has no values.
+    """
+    ratio, inverse = _float32(in_size / out_size), _float32(out_size / in_size)
+    last = in_size - 1
+    return all(
+        min(int(_float32(dst * ratio)), last) == min(int(_float32(dst / inverse)), last) == dst * in_size // out_size
+        for dst in range(out_size)
+    )

@@ -48,15 +48,18 @@ def _autocast_kernel(name: str, device_type: str, key: str, maps: int | None) ->
     def kernel(*arguments: Any, **keywords: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return [cast(item) for item in value]
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            return value if value.dtype == torch.float64 else value.to(dtype)
-
         with torch._C._ExcludeDispatchKeyGuard(keys):
             cut = len(arguments) if maps is None else maps
-            return getattr(torch.ops.fpn_kernels, name)(*map(cast, arguments[:cut]), *arguments[cut:], **keywords)
+            maps_cast = (cast(value, dtype) for value in arguments[:cut])
+            return getattr(torch.ops.fpn_kernels, name)(*maps_cast, *arguments[cut:], **keywords)
 
     return kernel
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument as autocast passes it on."""
+    if isinstance(value, (list, tuple)):
+        return [cast(item, dtype) for item in value]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype == torch.float64 else value.to(dtype)
