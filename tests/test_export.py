@@ -85,6 +85,21 @@ def test_a_lateral_connection_is_laid_out_as_by_the_operator(layout: str, memory
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weighted_merge_is_that_of_the_operator(mode: str, count: int, dtype: torch.dtype) -> None:
+    for layout in ("nchw", "nhwc"):
+        first, last = random_map((2, 5, 58, 9), dtype, layout=layout), random_map((2, 5, 30, 4), dtype, layout=layout)
+        third = random_map((2, 5, 58, 9), dtype) if count == 3 else None
+        factors = torch.rand(count, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        ours = decompositions.weighted_merge(first, last, third, factors, mode=mode)
+        expected = torch.ops.fpn_kernels.weighted_merge(first, last, third, factors, mode=mode)
+        assert ours.stride() == expected.stride()
+        # The order of a few float32 products: one rounding of the result at most.
+        assert oracle.error(ours, expected.double()) <= 2 * oracle.rounding(dtype)
+
+
 def test_under_autocast_they_compute_in_the_operators_dtype() -> None:
     feature, weight, bias = torch.randn(1, 6, 10, 14), torch.randn(5, 6), torch.randn(5)
     top, double = torch.randn(1, 5, 5, 7, dtype=torch.bfloat16), torch.randn(1, 5, 10, 14, dtype=torch.float64)
@@ -138,7 +153,7 @@ def test_a_decomposed_program_gives_the_pyramid_and_its_gradients(mode: str, dyn
 
 def test_a_program_that_is_not_decomposed_keeps_the_operators() -> None:
     program = _exported(exporting.neck(), (exporting.features(),), dynamic=True)
-    assert _own_operators(program) == {"fpn_kernels.lateral_connection.default"}
+    assert _own_operators(program) == {"fpn_kernels.top_down_pathway.default"}
     # Blocks that run as modules: the merges alone are the library's.
     normed = _decomposed(exporting.neck(norm_layer=group_norm), (exporting.features(),), dynamic=False)
     kinds = {str(node.target) for node in normed.graph.nodes}
