@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -283,22 +283,41 @@ def test_a_backbone_with_odd_sizes_trains_and_detects_as_before() -> None:
         assert error(got.grad, want.grad.double()) < 2e-5, name
 
 
-def test_distributed_data_parallel(tmp_path: Any) -> None:
+@pytest.fixture
+def _one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        twin = network_of().train()
-        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
-        fpn_kernels.fuse(wrapped)
-        assert is_fused(wrapped.module)
-        again = nn.parallel.DistributedDataParallel(fpn_kernels.fuse(copy.deepcopy(twin)))
-        x = maps()
-        for model in (wrapped, again, twin):
-            sum(p.square().sum() for p in model(x).values()).backward()
-        for model in (wrapped, again):
-            for got, want in zip(model.parameters(), twin.parameters(), strict=True):
-                assert error(got.grad, want.grad.double()) < 2e-5
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_distributed_data_parallel() -> None:
+    twin = network_of().train()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(twin))
+    fpn_kernels.fuse(wrapped)
+    assert is_fused(wrapped.module)
+    again = nn.parallel.DistributedDataParallel(fpn_kernels.fuse(copy.deepcopy(twin)))
+    x = maps()
+    for model in (wrapped, again, twin):
+        sum(p.square().sum() for p in model(x).values()).backward()
+    for model in (wrapped, again):
+        for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+            assert error(got.grad, want.grad.double()) < 2e-5
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_fully_sharded_data_parallel() -> None:
+    twin, x = network_of().train(), maps()
+    network = fpn_kernels.fuse(copy.deepcopy(twin))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(network, mesh=mesh)  # which changes the class once more
+    assert fused_calls(lambda: assert_same(network(x), twin(x))) == ALL_FUSED
+    for model in (network, twin):
+        sum(p.square().sum() for p in model(x).values()).backward()
+    for got, want in zip(network.parameters(), twin.parameters(), strict=True):
+        assert error(got.grad.to_local(), want.grad.double()) < 2e-5
+    with pytest.raises(ValueError, match="the class of the model itself was changed to .*FSDP.* undo that first"):
+        fpn_kernels.unfuse(network)
 
 
 @pytest.mark.parametrize("order", ["compile then fuse", "fuse then compile"])

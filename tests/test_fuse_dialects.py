@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -113,6 +114,18 @@ def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     with torch.no_grad():
         actual, expected = fused.to(dtype)(*example), twin.to(dtype)(*example)
     _assert_same(actual, expected, 8 * rounding(dtype) if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@_every_case
+def test_verification_agrees(case: Case, device: str) -> None:
+    model = case.make().to(device)
+    scramble(model)
+    move = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda x: x.to(device))
+    example = move(case.example())
+    fpn_kernels.fuse(model, verify=example)
+    with torch.no_grad():
+        assert fused_calls(lambda: model.eval()(*example)) == case.calls
 
 
 # ------------------------------------------------------------------------- what each system is particular about

@@ -58,7 +58,7 @@ def fuse(model: _Model, *, verify: Any = None, report: bool = False) -> _Model |
     class becomes a subclass of its own, so `isinstance`, optimisers, checkpoints, `DistributedDataParallel`,
     `copy.deepcopy`, `pickle` and `torch.save` go on working (reading a pickled fused model needs this library; see
     `unfuse`).  Convolutions that carry hooks or were replaced (LoRA, quantised) are called as they are.  Under
-    autocast the fused calls run in the autocast dtype with float32 sums.
+    autocast the fused calls run in the autocast dtype with float32 sums.  Fuse a model before `fully_shard`.
 
     Before anything is swapped, a small copy of each pyramid with random weights is run on the CPU, both ways, in eval
     mode and in training.  A fork, another version or a subclass that computes something else is left as it is.
