@@ -96,8 +96,9 @@ def test_a_weighted_merge_is_that_of_the_operator(mode: str, count: int, dtype: 
         ours = decompositions.weighted_merge(first, last, third, factors, mode=mode)
         expected = torch.ops.fpn_kernels.weighted_merge(first, last, third, factors, mode=mode)
         assert ours.stride() == expected.stride()
-        # The order of a few float32 products: one rounding of the result at most.
-        assert oracle.error(ours, expected.double()) <= 2 * oracle.rounding(dtype)
+        # In 16 bits one rounding more or less; else the order of a few products, and that of the bilinear weights.
+        due = 2 if dtype.itemsize == 2 else 8
+        assert oracle.error(ours, expected.double()) <= due * oracle.rounding(dtype)
 
 
 def test_under_autocast_they_compute_in_the_operators_dtype() -> None:
