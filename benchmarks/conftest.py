@@ -22,7 +22,23 @@ from benchmarks.report import format_seconds
 
 BEFORE, AFTER = "before", "after"
 _STARTED = pytest.StashKey[tuple[float, float | None]]()
+_PROGRESS = pytest.StashKey["Progress"]()
 ALLOCATOR = allocator.keep_pages()
+
+
+class Progress:
+    """How long the rows still to come will take, if they take as long as those before."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._done: set[str] = set()
+        self._began = time.monotonic()
+
+    def left(self, row: str) -> str:
+        """For the line of a row that is done; nothing after the last one."""
+        self._done.add(row)
+        seconds = (time.monotonic() - self._began) / len(self._done) * (self._rows - len(self._done))
+        return f", about {format_seconds(seconds)} left" if seconds else ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -104,12 +120,17 @@ def harness(benchmark: Any, request: pytest.FixtureRequest) -> Harness:
     )
 
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """The progress line ends in the row's time rather than in PASSED."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[_PROGRESS] = Progress(len(session.items))
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    """The progress line ends in the row's time and what is left of the run rather than in PASSED."""
+    progress = config.stash.get(_PROGRESS, None)
     median = dict(report.user_properties).get("median")
     if report.when != "call" or not report.passed or not isinstance(median, float):
         return None
-    return "passed", ".", format_seconds(median)
+    return "passed", ".", f"{format_seconds(median)}{'' if progress is None else progress.left(report.nodeid)}"
 
 
 def pytest_report_header(config: pytest.Config) -> str:
