@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--logs", type=Path, metavar="FOLDER", help="what the steps print (default: a new temporary one)"
     )
     parser.add_argument("--commit", metavar="SHA", help="the commit of these sources, where they are no git clone")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with an earlier run: keep its measured rows")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a run and do nothing else")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="print its table for the README instead")
     return parser
@@ -101,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         parser.error(f"cannot write {error.filename or output}: {error.strerror}")
-    options = Options(output, logs, 60 * given.minutes, given.dry_run, only, given.rows, given.commit)
+    try:
+        earlier = load(given.resume) if given.resume else None
+    except DocumentError as error:
+        parser.error(f"--resume: {error}")
+    options = Options(output, logs, 60 * given.minutes, given.dry_run, only, given.rows, given.commit, earlier)
     run = Run(options, lambda text: print(text, flush=True))
     known = [step.name for step in run.steps]
     if given.list:
@@ -120,14 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: what was measured until now follows", flush=True)
     document = run.document
     print(f"\n{table.to_text(document)}\n\n{document['seconds']:.0f} s; results in {output}, logs in {logs}")
-    if not given.dry_run and not document["environment"].get("gpu"):
+    if run.pointless():
         return 2
     if given.keep and not given.dry_run:
         kept = RESULTS / kept_name(document)
         RESULTS.mkdir(exist_ok=True)
         shutil.copyfile(output, kept)
         print(f"kept as {kept}")
-    failed = any(step["status"] == "failed" for step in document["steps"])
+    failed = any(step["status"] == "failed" and "earlier" not in step for step in document["steps"])
     return 1 if failed or not document["complete"] else 0
 
 

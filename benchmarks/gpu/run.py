@@ -58,6 +58,7 @@ class Options:
         only: names of steps; empty is all of them. "environment" always runs.
         pattern: rows and smoke units whose name this regular expression does not match are left out.
         commit: of the sources, where the tree is no clone.
+        earlier: a document to go on with: what it has of rows, and of steps that are not run again, is kept.
     """
 
     output: Path
@@ -67,6 +68,7 @@ class Options:
     only: tuple[str, ...] = ()
     pattern: str = ""
     commit: str | None = None
+    earlier: Document | None = None
 
 
 class Run:
@@ -82,6 +84,7 @@ class Run:
         )
         self.device = "cpu" if options.dry_run else "cuda"
         self._saved = 0.0
+        self._mismatch: str | None = None
         self.steps = self._steps()
 
     def _steps(self) -> tuple[Step, ...]:
@@ -106,12 +109,19 @@ class Run:
             if step.name == "environment" or not self.options.only or step.name in self.options.only:
                 later = [s for s in self.steps[index + 1 :] if not self.options.only or s.name in self.options.only]
                 self._one(step, sum(s.reserve for s in later))
-            if step.name == "environment" and not self.options.dry_run and not self.document["environment"].get("gpu"):
-                self.say("no NVIDIA GPU that PyTorch can use: nothing further to run (--dry-run walks the steps)")
+            if reason := self.pointless():
+                self.say(reason)
                 break
         self.document["complete"] = True
         self.save()
         return self.document
+
+    def pointless(self) -> str | None:
+        """Why no further step can do anything; a machine of which nothing is known is given a try."""
+        found = self.document["environment"]
+        if found and not found.get("gpu") and not self.options.dry_run:
+            return "no NVIDIA GPU that PyTorch can use: nothing further to run (--dry-run walks the steps)"
+        return self._mismatch
 
     def _one(self, step: Step, reserved: float) -> None:
         began = time.monotonic()
@@ -157,8 +167,24 @@ class Run:
         # Warnings of torch's may stand before it.
         found = json.loads(child.output().splitlines()[-1])
         found["commit"] = found["commit"] or self.options.commit
+        if not self.document["environment"] and self.options.earlier:
+            self._go_on_with(self.options.earlier, found)
         self.document["environment"] = found
         return None
+
+    def _go_on_with(self, earlier: Document, now: dict[str, Any]) -> None:
+        """Takes over the rows that were measured, and whole steps of those that are not run again."""
+        for name in ("gpu", "torch", "triton", "commit"):
+            if earlier["environment"].get(name) != now[name]:
+                before = earlier["environment"].get(name)
+                self._mismatch = f"not the {name} of the run to go on with: {now[name]!r} here, {before!r} there"
+                raise StepFailed(self._mismatch)
+        for name in ("smoke", "tests", "sanitizer"):
+            if self.options.only and name not in self.options.only:
+                self.document[name] = earlier[name]
+        self.document["ceilings"] = list(earlier["ceilings"])
+        self.document["rows"] = [row for row in earlier["rows"] if row["status"] == "ok"]
+        self.document["steps"] = [{**step, "earlier": True} for step in earlier["steps"]]
 
     def _build(self, deadline: float) -> str | None:
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
@@ -179,9 +205,10 @@ class Run:
 
     def _units(self, units: Sequence[Unit], deadline: float, entries: list[dict[str, Any]]) -> str | None:
         """Runs units, an entry of the document each; a remark where some were left or failed."""
-        chosen = [unit for unit in units if re.search(self.options.pattern, unit["id"])]
+        done = {entry["id"] for entry in entries}
+        chosen = [unit for unit in units if re.search(self.options.pattern, unit["id"]) and unit["id"] not in done]
         if not chosen:
-            raise StepSkipped("none of its units is asked for or can run here")
+            raise StepSkipped("nothing of it is left to do, is asked for, or can be done here")
         statuses: Counter[str] = Counter()
 
         def finished(unit: Unit, result: dict[str, Any]) -> None:
@@ -199,11 +226,20 @@ class Run:
         return counts + (f" ({left})" if left else "")
 
     def _plan(self) -> Plan:
-        return Plan(self.options.dry_run, tuple(self.document["environment"].get("providers", ())))
+        """With a column for each backend only where more than one of them was seen to serve this device."""
+        names = self.document["environment"].get("providers", Plan.providers)
+        served = {unit["backend"] for unit in self.document["smoke"] if unit["status"] == "ok" and unit["backend"]}
+        if self.document["smoke"] and len(served) < 2:
+            names = [name for name in names if "/" not in name]
+        return Plan(self.options.dry_run, tuple(names))
 
     def _smoke(self, deadline: float) -> str | None:
-        backends = self.document["environment"].get("measured_backends", [])
-        return self._units(rows.smoke(self.options.dry_run, backends), deadline, self.document["smoke"])
+        units = rows.smoke(self.options.dry_run, self._backends())
+        return self._units(units, deadline, self.document["smoke"])
+
+    def _backends(self) -> list[str]:
+        found: list[str] = self.document["environment"].get("measured_backends", ["triton"])
+        return found
 
     def _ceilings(self, deadline: float) -> str | None:
         found: list[dict[str, Any]] = []
@@ -211,7 +247,7 @@ class Run:
             pool = self._pool(lambda unit, result: found.append({**unit, **result}))
             pool.run(rows.ceilings(self.options.dry_run), deadline)
         finally:
-            self.document["ceilings"] = [entry for entry in found if entry["status"] == "ok"]
+            self.document["ceilings"] += [entry for entry in found if entry["status"] == "ok"]
         missing = [f"{entry['id']}: {entry['reason']}" for entry in found if entry["status"] != "ok"]
         if missing:
             raise StepFailed("; ".join(missing))
@@ -231,7 +267,5 @@ class Run:
         return run_tests(self.document["tests"], self.options.logs, chosen, deadline, dry_run=self.options.dry_run)
 
     def _sanitizer(self, deadline: float) -> str | None:
-        backends = self.document["environment"].get("measured_backends", [])
-        return run_sanitizer(
-            self.document["sanitizer"], self.options.logs, rows.sample(backends), self.device, deadline
-        )
+        sample = rows.sample(self._backends())
+        return run_sanitizer(self.document["sanitizer"], self.options.logs, sample, self.device, deadline)

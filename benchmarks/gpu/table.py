@@ -95,7 +95,8 @@ def header(document: Document) -> list[str]:
     driver = [f"driver {smi['driver_version']}", f"power limit {smi['power.limit']}"] if smi else []
     said.append(", ".join([machine, *driver]))
     versions = ("fpn_kernels", "torch", "triton", "cuda", "cudnn", "python", "commit")
-    said.append(", ".join(f"{name} {environment[name]}" for name in versions if environment.get(name)))
+    known = [f"{name} {environment[name]}" for name in versions if environment.get(name)]
+    said.append(", ".join([document["date"][:10], *known]))
     rates = []
     for limit in dict.fromkeys(entry["limit"] for entry in document["ceilings"]):
         rate = ceiling(document, limit) or 0.0
