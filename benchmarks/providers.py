@@ -17,6 +17,7 @@ import torch
 
 import fpn_kernels
 from benchmarks.cases import COMPILE, EAGER, LIBRARY, MAX_AUTOTUNE
+from fpn_kernels.backends.selection import BackendUnavailableError
 
 
 class NotMeasuredError(Exception):
@@ -43,7 +44,11 @@ class Provider:
         return self.name.replace(" ", "-")
 
     def selected(self) -> AbstractContextManager[Any]:
-        return fpn_kernels.use_backend(self.backend) if self.backend else nullcontext()
+        """Forces the backend; `NotMeasuredError` where it is not here."""
+        try:
+            return fpn_kernels.use_backend(self.backend) if self.backend else nullcontext()
+        except BackendUnavailableError as error:
+            raise NotMeasuredError(str(error)) from error
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` as this provider runs it."""

@@ -186,7 +186,16 @@ def test_text_has_the_machine_the_rows_and_what_failed() -> None:
     row = next(line for line in text.splitlines() if line.startswith("upsample_add 800x1280"))
     assert re.split(r"  +", row)[1:6] == ["19.0 us", "53%", "76.0 us", "4.00x", "2.00x"]
     assert row.endswith("<= 19.5 us, >= 3x eager, >= 1x compile  met")
-    assert "tests/test_x.py::test_y: assert 1 == 2\n" in text and text.count("killed by SIGSEGV") == 2
+    assert "tests/test_x.py::test_y: assert 1 == 2\n" in text and text.count("killed by SIGSEGV") == 1
+
+
+def test_the_end_of_a_run_shows_the_headline_and_counts_the_rest() -> None:
+    rest = [_not_measured("fpn_kernels", "no time left", case=f"case {number}", dtype="fp32") for number in range(7)]
+    text = table.to_text(_document(_row(), _row(dtype="fp16", case="another case"), *rest), headline=True)
+    assert "upsample_add 800x1280 C2 b1 bf16 NHWC" in text and "upsample_add another case" not in text
+    assert "rows: 2 ok, 7 not measured" in text
+    assert "upsample_add forward case 0 fpn_kernels and 6 more: not measured: no time left" in text
+    assert len(text) < 3000
 
 
 def test_events_are_marked() -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import signal
@@ -117,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if unknown := [name for name in only if name not in known]:
         parser.error(f"--steps: {unknown[0]!r} is not a step; choose from {', '.join(known)}")
+    if given.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever this machine has
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run.execute()
@@ -124,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.save()
         print("interrupted: what was measured until now follows", flush=True)
     document = run.document
-    print(f"\n{table.to_text(document)}\n\n{document['seconds']:.0f} s; results in {output}, logs in {logs}")
+    print(f"\n{table.to_text(document, headline=True)}\n")
+    print(f"{document['seconds']:.0f} s; logs in {logs}; all rows: benchmarks/gpu.sh --table {output}")
     if run.pointless():
         return 2
     if given.keep and not given.dry_run:

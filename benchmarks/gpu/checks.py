@@ -64,7 +64,7 @@ def run_tests(
         if late or counts["not_run"] == 0 or len(_lines(outcomes)) == len(before):
             break
     if not counts["collected"]:
-        raise StepFailed(f"no test was collected: {how_it_ended(child.status())}; {child.tail()[-800:]}")
+        raise StepFailed(f"no test was collected: {how_it_ended(child.status())}; {child.last_line()}")
     said = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
     said += f", {counts['crashed']} crashed, {counts['not_run']} of {counts['collected']} not run"
     if counts["failed"] or counts["crashed"] or not (counts["passed"] or dry_run):

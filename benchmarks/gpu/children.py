@@ -87,6 +87,10 @@ class Child:
     def tail(self) -> str:
         return self.output()[-_TAIL:].strip()
 
+    def last_line(self) -> str:
+        """Where a Python that failed says of what."""
+        return (self.tail().splitlines() or ["it printed nothing"])[-1][:300]
+
 
 def how_it_ended(status: int | None) -> str:
     if status is None:

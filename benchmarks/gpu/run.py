@@ -89,14 +89,14 @@ class Run:
 
     def _steps(self) -> tuple[Step, ...]:
         """In order of value; what one leaves over goes to the next."""
-        sanitized = 0.0 if shutil.which("compute-sanitizer") is None else 45.0
+        sanitized = 0.0 if shutil.which("compute-sanitizer") is None else 60.0
         return (
             Step("environment", self._environment, 15, 60),
             Step("build", self._build, 20, 120),
             Step("smoke", self._smoke, 25, 45),
-            Step("tests", self._tests, 40, 110),
+            Step("tests", self._tests, 40, 100),
             Step("ceilings", self._ceilings, 15, 30),
-            Step("headline", self._headline, 60, 120),
+            Step("headline", self._headline, 60, 130),
             Step("max-autotune", self._max_autotune, 25, 80),
             Step("others", self._others, 20, 1e9),
             Step("sanitizer", self._sanitizer, sanitized, 1e9),
@@ -136,8 +136,9 @@ class Run:
                 entry |= {"reason": remark} if remark else {}
             except StepSkipped as reason:
                 entry |= {"status": "skipped", "reason": str(reason)}
-            except StepFailed as reason:
-                entry |= {"status": "failed", "reason": str(reason)}
+            except StepFailed as failure:
+                entry |= {"status": "failed", "reason": str(failure.args[0])}
+                entry |= {"output": failure.args[1]} if failure.args[1:] else {}
             except Exception as error:
                 entry |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
                 entry["output"] = traceback.format_exc()[-2000:]
@@ -163,7 +164,7 @@ class Run:
         command = [sys.executable, "-m", "benchmarks.gpu.environment", "--device", self.device]
         child = self._child(command, "environment.log", deadline)
         if child.status() != 0:
-            raise StepFailed(f"{how_it_ended(child.status())}; {child.tail()[-800:]}")
+            raise StepFailed(f"{how_it_ended(child.status())}; {child.last_line()}", child.tail())
         # Warnings of torch's may stand before it.
         found = json.loads(child.output().splitlines()[-1])
         found["commit"] = found["commit"] or self.options.commit
@@ -192,7 +193,7 @@ class Run:
         said = [line.removeprefix("fpn_kernels: ") for line in child.output().splitlines() if "fpn_kernels: " in line]
         remark = "; ".join(said)
         if child.status() != 0 or "its build failed" in remark:
-            raise StepFailed(f"{how_it_ended(child.status())}; {remark or child.tail()[-800:]}")
+            raise StepFailed(f"{how_it_ended(child.status())}; {remark or child.last_line()}", child.tail())
         if "left out" in remark:
             raise StepSkipped(remark)
         # Backends are what the build may have added: looked up again.
@@ -210,11 +211,13 @@ class Run:
         if not chosen:
             raise StepSkipped("nothing of it is left to do, is asked for, or can be done here")
         statuses: Counter[str] = Counter()
+        reasons: set[str] = set()
 
         def finished(unit: Unit, result: dict[str, Any]) -> None:
             entries.append({**unit, **result})
             statuses[result["status"]] += 1
-            if result["status"] == "failed":
+            if result["status"] == "failed" and result["reason"] not in reasons:  # said once, not of every unit
+                reasons.add(result["reason"])
                 self.say(f"         failed: {unit['id']}: {result['reason']}")
             if time.monotonic() - self._saved > _SAVE_EVERY:
                 self.save()
@@ -250,7 +253,7 @@ class Run:
             self.document["ceilings"] += [entry for entry in found if entry["status"] == "ok"]
         missing = [f"{entry['id']}: {entry['reason']}" for entry in found if entry["status"] != "ok"]
         if missing:
-            raise StepFailed("; ".join(missing))
+            raise StepFailed(f"{len(missing)} of {len(found)}; {missing[0]}")
         return None
 
     def _headline(self, deadline: float) -> str | None:

@@ -149,16 +149,16 @@ def sample(operator: str, dtype: str, layout: str, backend: str, device: torch.d
 
 def _forced(call: Call, inputs: list[Tensor], backend: str | None) -> tuple[list[Tensor], list[Tensor]]:
     """The library's results and gradients, its backend forced where one is named, and the cotangents behind them."""
-    with fpn_kernels.use_backend(backend):
-        try:
+    try:
+        with fpn_kernels.use_backend(backend):
             results = tensors(call(fpn_kernels, inputs))
             # Made on the CPU: under a sanitizer nothing but the library's kernels is to run.
             grads = [
                 torch.empty_like(result, requires_grad=False).copy_(torch.randn(result.shape)) for result in results
             ]
             gradients = torch.autograd.grad(results, inputs, grads)
-        except BackendUnavailableError as error:
-            raise NotMeasuredError(str(error)) from error
+    except BackendUnavailableError as error:
+        raise NotMeasuredError(str(error)) from error
     return [*(result.detach() for result in results), *gradients], grads
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.cases import LIBRARY
 from benchmarks.gpu.document import Document, Line, ceiling, clock_of, gpu_name, lines
@@ -48,8 +49,6 @@ _HEADER += ["served by", "target", "met"]
 
 
 def _cells(line: Line) -> list[str]:
-    if line.reason:
-        return [_name(line), line.reason[:60], *["-"] * 8, line.target.text() if line.target else "-", line.verdict()]
     time = format_seconds(line.seconds) + (" e" if line.entry.get("method") == "events" else "")
     return [
         _name(line),
@@ -130,7 +129,7 @@ def summary(document: Document) -> list[str]:
         said.append(f"{step['name']:<14} {step['status']:<8} {step['seconds']:6.1f} s{reason}")
     if document["smoke"]:
         said.append(f"smoke against float64: {_unit_counts(document['smoke'])}")
-        said += [f"  {unit['id']}: {unit['reason']}" for unit in document["smoke"] if unit["status"] == "failed"]
+        said += _by_reason([(unit["id"], unit) for unit in document["smoke"] if unit["status"] == "failed"])
     tests = document["tests"]
     if tests:
         said.append(
@@ -141,21 +140,37 @@ def summary(document: Document) -> list[str]:
             f"  {failure['test']}: {failure['message'].splitlines()[0][:160]}" for failure in tests["failures"][:20]
         ]
     said += [f"{tool['tool']}: {tool['status']}, {tool.get('reason', '')}" for tool in document["sanitizer"]]
-    failed = [row for row in document["rows"] if row["status"] == "failed"]
-    said += [f"row {row['operator']} {row['case']} {row['provider']}: {row['reason'][:200]}" for row in failed[:20]]
+    rows = [(f"{row['operator']} {row['direction']} {row['case']} {row['provider']}", row) for row in document["rows"]]
+    said.append(f"rows: {_unit_counts(document['rows'])}")
+    said += _by_reason([(name, row) for name, row in rows if row["status"] != "ok"])
     return said
 
 
-def to_text(document: Document) -> str:
-    """Everything: the machine, the steps, the table."""
+def _by_reason(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """One line a reason, with the first that it is true of."""
+    said: dict[str, list[str]] = {}
+    for name, entry in entries:
+        said.setdefault(f"{entry['status']}: {' '.join(entry['reason'].split())[:200]}", []).append(name)
+    more = [f" and {len(names) - 1} more" if names[1:] else "" for names in said.values()]
+    return [f"  {names[0]}{rest}: {why}" for (why, names), rest in zip(said.items(), more, strict=True)]
+
+
+def to_text(document: Document, *, headline: bool = False) -> str:
+    """The machine, the steps, and the measured rows: all of them, or the headline and what has a target."""
     blocks = ["\n".join(header(document)), "\n".join(summary(document))]
-    found = list(lines(document))
+    found = [line for line in lines(document) if not line.reason]
+    if headline:
+        found = [line for line in found if line.target or _is_headline(line)]
     if found:
         title = "time on the device" if clock_of(document) == "device" else "time of the caller (no GPU)"
         blocks.append("\n".join([title, *_aligned([_HEADER, *map(_cells, found)])]))
         blocks.append(verdicts(document))
         blocks.append(textwrap.fill(_LEGEND, 110))
     return "\n\n".join(blocks)
+
+
+def _is_headline(line: Line) -> bool:
+    return (line.entry["dtype"], line.entry["layout"]) == ("bf16", "NHWC")
 
 
 _README_HEADER = [

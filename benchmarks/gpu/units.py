@@ -117,7 +117,7 @@ class Pool:
             result = {"status": "failed", "reason": reason, "output": child.tail()[-1500:]}
         if current is not None:
             self._take(pending, current["id"], result)
-        return reason if status == 0 else f"{reason}; {child.tail()[-300:]}"
+        return reason if status == 0 else f"{reason}; {child.last_line()}"
 
     def _take(self, pending: list[Unit], name: str, result: dict[str, Any]) -> None:
         unit = next(unit for unit in pending if unit["id"] == name)
