@@ -278,3 +278,14 @@ def test_the_build_fails_and_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     run.execute()
     assert _entries(tmp_path)["build"]["status"] == "failed"
     assert _entries(tmp_path)["build"]["reason"] == "exit status 3; no such header"
+
+
+def test_a_build_that_hangs_is_ended_by_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _script(tmp_path / "setup.py", "import time\nprint('compiling', flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setattr("benchmarks.gpu.run.ROOT", tmp_path)
+    run, _ = _run(tmp_path, 30)
+    run.steps = (Step("build", run._build, 0, 2), Step("next", lambda deadline: None, 0, 1))
+    run.execute()
+    entries = _entries(tmp_path)
+    assert entries["build"]["status"] == "failed" and entries["build"]["seconds"] < 8
+    assert entries["build"]["reason"] == "not done within 2 s; compiling" and entries["next"]["status"] == "ok"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.children import Child, how_it_ended
+from benchmarks.gpu.children import Child
 from benchmarks.gpu.rows import Unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def run_tests(
         if late or counts["not_run"] == 0 or len(_lines(outcomes)) == len(before):
             break
     if not counts["collected"]:
-        raise StepFailed(f"no test was collected: {how_it_ended(child.status())}; {child.last_line()}")
+        raise StepFailed(f"no test was collected: {child.how_it_ended()}; {child.last_line()}")
     said = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
     said += f", {counts['crashed']} crashed, {counts['not_run']} of {counts['collected']} not run"
     if counts["failed"] or counts["crashed"] or not (counts["passed"] or dry_run):
@@ -146,7 +146,7 @@ def _judged(tool: str, child: Child, in_time: bool, said: Sequence[dict[str, Any
     if not in_time:
         return {**entry, "status": "not measured", "reason": f"no time left: {ran} of {total} launches done"}
     if summary is None:
-        reason = f"it gave no summary: {how_it_ended(child.status())}"
+        reason = f"it gave no summary: {child.how_it_ended()}"
         return {**entry, "status": "failed", "reason": reason, "output": child.tail()}
     errors = int(summary.group(2) or summary.group(1))
     entry |= {"errors": errors, "reason": f"{errors} errors in {ran} of {total} launches"}

@@ -37,6 +37,7 @@ class Child:
         self, command: Sequence[str], log: Path, cwd: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self.began = time.monotonic()
+        self._late: float | None = None
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
@@ -70,6 +71,7 @@ class Child:
         try:
             while self.status() is None:
                 if self.seconds() > budget:
+                    self._late = self.seconds()
                     self.kill()
                     return False
                 time.sleep(_POLL)
@@ -77,6 +79,10 @@ class Child:
         except BaseException:
             self.kill()
             raise
+
+    def how_it_ended(self) -> str:
+        """For a reader: its exit status, its signal, or the budget that it overran."""
+        return how_it_ended(self.status()) if self._late is None else f"not done within {self._late:.0f} s"
 
     def output(self) -> str:
         """What this command printed so far."""

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.gpu import document as documents
 from benchmarks.gpu import rows
 from benchmarks.gpu.checks import StepFailed, StepSkipped, run_sanitizer, run_tests
-from benchmarks.gpu.children import Child, how_it_ended
+from benchmarks.gpu.children import Child
 from benchmarks.gpu.document import Document
 from benchmarks.gpu.rows import Plan, Unit
 from benchmarks.gpu.units import NO_TIME, Pool
@@ -164,7 +164,7 @@ class Run:
         command = [sys.executable, "-m", "benchmarks.gpu.environment", "--device", self.device]
         child = self._child(command, "environment.log", deadline)
         if child.status() != 0:
-            raise StepFailed(f"{how_it_ended(child.status())}; {child.last_line()}", child.tail())
+            raise StepFailed(f"{child.how_it_ended()}; {child.last_line()}", child.tail())
         # Warnings of torch's may stand before it.
         found = json.loads(child.output().splitlines()[-1])
         found["commit"] = found["commit"] or self.options.commit
@@ -193,7 +193,7 @@ class Run:
         said = [line.removeprefix("fpn_kernels: ") for line in child.output().splitlines() if "fpn_kernels: " in line]
         remark = "; ".join(said)
         if child.status() != 0 or "its build failed" in remark:
-            raise StepFailed(f"{how_it_ended(child.status())}; {remark or child.last_line()}", child.tail())
+            raise StepFailed(f"{child.how_it_ended()}; {remark or child.last_line()}", child.tail())
         if "left out" in remark:
             raise StepSkipped(remark)
         # Backends are what the build may have added: looked up again.
