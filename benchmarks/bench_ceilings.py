@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Harness
+from benchmarks.harness import Gauge
 from benchmarks.options import DTYPES
 
 
-def bench_copy(moment: str, harness: Harness) -> None:
+def bench_copy(moment: str, harness: Gauge) -> None:
     """One read and one write of a buffer that no cache holds."""
     nbytes = {"cuda": 512 << 20, "cpu": 128 << 20}[harness.device.type] if not harness.tiny else 1 << 20
     source = torch.empty(nbytes // 4, dtype=torch.float32, device=harness.device).uniform_()
@@ -30,7 +30,7 @@ def bench_copy(moment: str, harness: Harness) -> None:
         raise AssertionError("the copy did not copy")
 
 
-def bench_matmul(moment: str, ceiling_dtype: str, harness: Harness) -> None:
+def bench_matmul(moment: str, ceiling_dtype: str, harness: Gauge) -> None:
     """A square matrix product."""
     size = 8192 if harness.device.type == "cuda" else 1536
     if harness.tiny:
@@ -43,7 +43,7 @@ def bench_matmul(moment: str, ceiling_dtype: str, harness: Harness) -> None:
     harness.ceiling(f"flops {ceiling_dtype}", "matrix product", 2 * size**3, product)
 
 
-def bench_conv3x3(moment: str, ceiling_dtype: str, harness: Harness) -> None:
+def bench_conv3x3(moment: str, ceiling_dtype: str, harness: Gauge) -> None:
     """A 3x3 convolution, 256 to 256 channels, NHWC.
 
     On some CPUs it is the faster of the two: 293 against 215 GFLOP/s in float32 in one run on a 2-core AMD EPYC, whose
@@ -60,7 +60,7 @@ def bench_conv3x3(moment: str, ceiling_dtype: str, harness: Harness) -> None:
         )
 
 
-def _random(harness: Harness, dtype: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+def _random(harness: Gauge, dtype: str, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Random data: on a GPU the rate depends on it, through the power that the bits take."""
     made = [torch.randn(shape, device=harness.device).to(getattr(torch, DTYPES[dtype])) for shape in shapes]
     return [tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor for tensor in made]

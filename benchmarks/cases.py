@@ -8,6 +8,12 @@ from dataclasses import dataclass
 FORWARD = "forward"
 TRAINING = "forward+backward"
 
+# Who computes: the providers' names, here because they can be read without importing torch.
+EAGER = "eager"
+COMPILE = "torch.compile"
+MAX_AUTOTUNE = "torch.compile max-autotune"
+LIBRARY = "fpn_kernels"
+
 
 @dataclass(frozen=True)
 class Image:

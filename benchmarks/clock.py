@@ -21,9 +21,10 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
+        self.cache_bytes = 0
         if self.on_gpu:
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._filler = torch.empty(4 * cache, dtype=torch.uint8, device=device)
+            self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+            self._filler = torch.empty(4 * self.cache_bytes, dtype=torch.uint8, device=device)
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -37,10 +38,15 @@ class Clock:
 
     def caller_seconds(self, call: Callable[[], Any]) -> float:
         """Seconds until the call's result is there."""
+        return self.host_and_caller_seconds(call)[1]
+
+    def host_and_caller_seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds until the call returns, and until its result is there: on a CPU the same."""
         begin = time.perf_counter()
         call()
+        returned = time.perf_counter()
         self.synchronize()
-        return time.perf_counter() - begin
+        return returned - begin, time.perf_counter() - begin
 
     def device_seconds(self, call: Callable[[], Any], queue_ahead: float) -> float:
         """Seconds between two events around the call on the device, the cache cold.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fpn_kernels
-from benchmarks import allocator, cases, providers
+from benchmarks import allocator, cases, machine, providers
 from benchmarks.harness import Harness
 from benchmarks.options import add_options
 from benchmarks.report import format_seconds
@@ -147,11 +147,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fpn_kernels"] = {
         "version": fpn_kernels.__version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": machine.triton_version(),
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "capability": _capability(device),
+        "capability": machine.capability(device),
         "backends": list(fpn_kernels.available_backends()),
         "forced_backend": os.environ.get("FPN_KERNELS_BACKEND"),
         "selection": _preset(config),
@@ -159,20 +159,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "tf32": bool(torch.backends.cudnn.allow_tf32),
         "contention": _contention(config),
     }
-
-
-def _capability(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return torch.backends.cpu.get_cpu_capability()
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 def _stalled_seconds() -> float | None:

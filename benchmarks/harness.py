@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import providers
-from benchmarks.cases import TRAINING, Case
+from benchmarks.cases import EAGER, TRAINING, Case
 from benchmarks.clock import Clock
 from benchmarks.workloads import Workload, tensors, training_step
 from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
@@ -27,6 +28,29 @@ _MOST_ROUNDS = 200
 
 class WrongResultError(AssertionError):
     """A provider's output is not eager's: its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider on a case, ready to be timed.
+
+    Attributes:
+        run, eager: the whole call, in a training case the backward included; both take the workload's inputs.
+        served_by: operator to the backends that served it; empty for eager and torch.compile.
+    """
+
+    run: Callable[..., Any]
+    eager: Callable[..., Any]
+    served_by: dict[str, str]
+
+
+class Gauge(Protocol):
+    """What a ceiling's measurement asks of whoever runs it."""
+
+    device: torch.device
+    tiny: bool
+
+    def ceiling(self, name: str, source: str, amount: int, call: Callable[[], Any]) -> None: ...
 
 
 @dataclass
@@ -50,26 +74,15 @@ class Harness:
 
     def measure(self, case: Case, provider: providers.Provider, make: Callable[[Case, torch.device], Workload]) -> None:
         """Builds the workload, checks the provider against eager, and times it, eager's rounds between its own."""
-        if provider.compile_mode:
-            providers.skip_unless_compilable(self.device.type)
         work = make(case, self.device)
         self._describe(case, provider, work)
-        training = case.direction == TRAINING
-        with torch.set_grad_enabled(training), provider.selected():
-            contender = work.fused if provider.fused else work.eager
-            run, eager = provider.wrap(contender.call), work.eager.call
-            twin = work.wide if work.wide and provider.fused else work.eager
-            with record_calls() as calls:
-                expected = self._checked(provider, run, twin.call, work.inputs, exact=work.exact and provider.fused)
-                if training:
-                    grads = _cotangents(expected)
-                    run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
-                    step = training_step(twin, twin.call, grads)
-                    self._checked(provider, run, step, work.inputs, exact=False, sizes=work.differences)
-            self.benchmark.extra_info["served_by"] = _served_by(calls)
-            del expected
-            baseline = None if provider.name == providers.EAGER else lambda: eager(*work.inputs)
-            self._time(lambda: run(*work.inputs), baseline)
+        try:
+            with prepared(case, provider, work) as ready:
+                self.benchmark.extra_info["served_by"] = ready.served_by
+                baseline = None if provider.name == EAGER else lambda: ready.eager(*work.inputs)
+                self._time(lambda: ready.run(*work.inputs), baseline)
+        except providers.NotMeasuredError as reason:
+            pytest.skip(str(reason))
 
     def ceiling(self, name: str, source: str, amount: int, call: Callable[[], Any]) -> None:
         """Times a call that stands for a limit of the machine, `amount` bytes or operations of it."""
@@ -90,33 +103,6 @@ class Harness:
             bytes=work.cost.bytes,
             flops=work.cost.flops,
         )
-
-    def _checked(
-        self,
-        provider: providers.Provider,
-        run: Callable[..., Any],
-        eager: Callable[..., Any],
-        inputs: tuple[Tensor, ...],
-        exact: bool,
-        sizes: Mapping[int, float] | None = None,
-    ) -> list[Tensor]:
-        """Eager's results, once the provider has been seen to give the same.
-
-        The provider's first call is here: it compiles, and finds out whether a forced backend serves this case.
-        """
-        expected = tensors(eager(*inputs))
-        try:
-            actual = tensors(run(*inputs))
-        except BackendUnavailableError as error:
-            if provider.backend is None:
-                raise
-            pytest.skip(str(error))
-        except Exception as error:
-            if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                providers.skip_failed_compilation(error)
-            raise
-        check(actual, expected, exact=exact, sizes=sizes)
-        return expected
 
     def _time(self, call: Callable[[], Any], baseline: Callable[[], Any] | None = None) -> None:
         """Warm-up, then rounds until `seconds` are spent: one call a round, the device's work included.
@@ -162,6 +148,59 @@ class Harness:
             clock.synchronize()
             times.append(clock.caller_seconds(call))
         return min(times)
+
+
+@contextlib.contextmanager
+def prepared(case: Case, provider: providers.Provider, work: Workload) -> Iterator[Prepared]:
+    """A provider and eager on a case, once the provider has been seen to give eager's results; timed inside the block.
+
+    Raises:
+        NotMeasuredError: the forced backend does not serve the case, or torch.compile does not work.
+        WrongResultError: the results are not eager's.
+    """
+    if provider.compile_mode:
+        providers.require_compiler(work.inputs[0].device.type)
+    training = case.direction == TRAINING
+    with torch.set_grad_enabled(training), provider.selected():
+        contender = work.fused if provider.fused else work.eager
+        run, eager = provider.wrap(contender.call), work.eager.call
+        twin = work.wide if work.wide and provider.fused else work.eager
+        with record_calls() as calls:
+            expected = _checked(provider, run, twin.call, work.inputs, exact=work.exact and provider.fused)
+            if training:
+                grads = _cotangents(expected)
+                run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
+                step = training_step(twin, twin.call, grads)
+                _checked(provider, run, step, work.inputs, exact=False, sizes=work.differences)
+        del expected
+        yield Prepared(run, eager, _served_by(calls))
+
+
+def _checked(
+    provider: providers.Provider,
+    run: Callable[..., Any],
+    eager: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    exact: bool,
+    sizes: Mapping[int, float] | None = None,
+) -> list[Tensor]:
+    """Eager's results, once the provider has been seen to give the same.
+
+    The provider's first call is here: it compiles, and finds out whether a forced backend serves this case.
+    """
+    expected = tensors(eager(*inputs))
+    try:
+        actual = tensors(run(*inputs))
+    except BackendUnavailableError as error:
+        if provider.backend is None:
+            raise
+        raise providers.NotMeasuredError(str(error)) from error
+    except Exception as error:
+        if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise providers.compilation_failed(error) from error
+        raise
+    check(actual, expected, exact=exact, sizes=sizes)
+    return expected
 
 
 def check(

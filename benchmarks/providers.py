@@ -13,15 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 
 import fpn_kernels
+from benchmarks.cases import COMPILE, EAGER, LIBRARY, MAX_AUTOTUNE
+from fpn_kernels.backends.selection import BackendUnavailableError
 
-EAGER = "eager"
-COMPILE = "torch.compile"
-MAX_AUTOTUNE = "torch.compile max-autotune"
-LIBRARY = "fpn_kernels"
+
+class NotMeasuredError(Exception):
+    """This provider cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Provider:
         return self.name.replace(" ", "-")
 
     def selected(self) -> AbstractContextManager[Any]:
-        return fpn_kernels.use_backend(self.backend) if self.backend else nullcontext()
+        """Forces the backend; `NotMeasuredError` where it is not here."""
+        try:
+            return fpn_kernels.use_backend(self.backend) if self.backend else nullcontext()
+        except BackendUnavailableError as error:
+            raise NotMeasuredError(str(error)) from error
 
     def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` as this provider runs it."""
@@ -94,14 +98,20 @@ def compiler_missing(device_type: str) -> str | None:
 _compile_failure: list[str] = []
 
 
-def skip_unless_compilable(device_type: str) -> None:
+def require_compiler(device_type: str) -> None:
+    """Raises `NotMeasuredError` where torch.compile cannot work, or has failed before."""
     reason = _compile_failure[0] if _compile_failure else compiler_missing(device_type)
     if reason:
-        pytest.skip(reason)
+        raise NotMeasuredError(reason)
 
 
-def skip_failed_compilation(error: Exception) -> None:
-    """A toolchain that is there but does not work (no Python headers, say) stops the rival, not the run."""
+def compilation_failed(error: Exception) -> NotMeasuredError:
+    """What to raise instead: a toolchain that does not work (no Python headers, say) stops the rival, not the run."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     _compile_failure.append(f"torch.compile failed here: {lines[0] if lines else type(error).__name__}"[:300])
-    pytest.skip(_compile_failure[0])
+    return NotMeasuredError(_compile_failure[0])
+
+
+def forget_failed_compilation() -> None:
+    """The next case tries again, for a run in which what fails is the case and not the toolchain."""
+    _compile_failure.clear()
