@@ -1,5 +1,7 @@
-// The plain sum of 36 products, for tiles where the transforms met an infinite number, NaN or an overflow: these differ
-// from what the sum itself gives.  Slow, and seldom run.
+// The plain sum over 3x3 pixels, for tiles where a result is infinite or NaN.  There the transforms may differ from it:
+// the difference of two infinite pixels is NaN, that of two large ones may overflow.
+//
+// A map of nothing but NaN takes about three times as long as by PyTorch's own; finite maps never come here.
 #pragma once
 
 #include "output_conv_block.h"
@@ -10,22 +12,30 @@ namespace {
 struct Pixel {
   int64_t n, y, x;
 };
+static_assert(sizeof(Pixel) <= fpn::cpu::list_entry);
 
-// The results of the block's tiles that failed.  `sums` has room for sixteen floats a pixel, `list` for every pixel.
-template <class T>
-void recompute(
-    const OutputConv& call, int64_t first, int64_t count, const unsigned char* failed, float* sums, Pixel* list) {
-  const Map& map = call.feature;
+// The results of the tiles that failed; how many there are.
+inline int64_t list_failed(
+    const OutputConv& call, int64_t first, int64_t count, const unsigned char* failed, Pixel* list) {
   int64_t number = 0;
   over_runs(call, first, count, [&](const Run& run) {
     for (int64_t t = 0; t < run.count; ++t) {
       if (failed[run.at + t] == 0) continue;
-      for (int64_t y = 2 * run.row; y < 2 * run.row + 2 && y < map.height; ++y) {
-        const int64_t left = 2 * (run.column + t);
-        for (int64_t x = left; x < left + 2 && x < map.width; ++x) list[number++] = {run.n, y, x};
+      const int64_t top = 2 * run.row, left = 2 * (run.column + t);
+      for (int64_t y = top; y < top + 2 && y < call.feature.height; ++y) {
+        for (int64_t x = left; x < left + 2 && x < call.feature.width; ++x) list[number++] = {run.n, y, x};
       }
     }
   });
+  return number;
+}
+
+// Computes them again.  `sums` has room for sixteen floats a pixel, `list` for every pixel.
+template <class T>
+void recompute(
+    const OutputConv& call, int64_t first, int64_t count, const unsigned char* failed, float* sums, Pixel* list) {
+  const Map& map = call.feature;
+  const int64_t number = list_failed(call, first, count, failed, list);
   for (int64_t row = 0; row < call.cout; row += 16) {
     const __m512 bias = _mm512_loadu_ps(call.bias + row);
     for (int64_t p = 0; p < number; ++p) _mm512_storeu_ps(sums + 16 * p, _mm512_setzero_ps());

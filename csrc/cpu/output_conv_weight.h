@@ -66,8 +66,8 @@ inline void transform_weight(const float* from, float* to, int64_t plane) {
   __m512 lines[4][3];
   for (int j = 0; j < 3; ++j) {
     __m512 column[4];
-    weight_line(_mm512_loadu_ps(from + 16 * j), _mm512_loadu_ps(from + 16 * (3 + j)),
-                _mm512_loadu_ps(from + 16 * (6 + j)), column);
+    const float* tap = from + 16 * j;
+    weight_line(_mm512_loadu_ps(tap), _mm512_loadu_ps(tap + 48), _mm512_loadu_ps(tap + 96), column);
     for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
   }
   for (int i = 0; i < 4; ++i) {
