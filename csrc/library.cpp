@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
   m.def(
       "lateral_connection(Tensor feature, Tensor weight, Tensor bias, Tensor? top, int mode, float gain, "
       "Tensor(a!) out) -> bool");
+  m.def("reorder(Tensor source, Tensor(a!) out) -> ()");
   m.def("limit_level(int ceiling) -> int");
 }
 
@@ -24,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
   m.impl("upsample_add_backward", TORCH_BOX(&fpn::cpu::upsample_add_backward));
   m.impl("lateral_connection", TORCH_BOX(&fpn::cpu::lateral_connection));
   m.impl("merge_backward", TORCH_BOX(&fpn::cpu::merge_backward));
+  m.impl("reorder", TORCH_BOX(&fpn::cpu::reorder));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CompositeExplicitAutograd, m) {

@@ -24,5 +24,7 @@ bool lateral_connection(
     double gain,
     Tensor out);
 void merge_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top, Tensor grad_bias);
+// out = source, in out's own layout: dense NCHW or NHWC.
+void reorder(const Tensor& source, Tensor out);
 
 }  // namespace fpn::cpu

@@ -36,11 +36,17 @@ inline Map map_of(const Tensor& tensor) {
       tensor.const_data_ptr(), tensor.size(2), tensor.size(3), strides[0], strides[1], strides[2], strides[3]};
 }
 
+// Pixels one after the other at one distance, whether along a row or from one row to the next.
+inline bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride_y == map.width * map.stride_x; }
+
 inline Result result_of(const Tensor& tensor) {
   const auto strides = tensor.strides();
   STD_TORCH_CHECK(strides[3] == 1 || strides[1] == 1, "out: expected a dense NCHW or NHWC tensor");
   return {tensor.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
+
+// A result of this many bytes or more is written past the caches.
+constexpr int64_t streaming_bytes = int64_t{24} << 20;
 
 // Scratch memory of one task, from a cache line on.
 class Scratch {

@@ -7,9 +7,6 @@ namespace fpn::cpu {
 
 namespace {
 
-// A result of this many bytes or more is written past the caches.
-constexpr int64_t streaming_bytes = int64_t{24} << 20;
-
 int64_t scratch_bytes(const UpsampleAdd& call) {
   const int64_t width = call.lateral.width, top_width = call.top.width;
   const int64_t element = element_size(call.dtype);

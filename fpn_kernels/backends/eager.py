@@ -141,6 +141,17 @@ def merge_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: flo
     return upsample_add_backward(grad, top_size, mode, gain), sum_per_channel(grad, gain)
 
 
+def output_conv(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
+) -> Tensor:
+    out_format = requested_format(feature, memory_format)
+    return F.conv2d(feature, weight, bias, padding=1).contiguous(memory_format=out_format)
+
+
+def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return allocate(source.shape, source, memory_format).copy_(source)
+
+
 def _serves_all(*arguments: object) -> None:
     return None
 
@@ -150,6 +161,6 @@ BACKEND = Backend(
     unavailable=lambda: None,
     implementations={
         run.__name__: Implementation(run, _serves_all)
-        for run in (upsample_add, upsample_add_backward, lateral_connection, merge_backward)
+        for run in (upsample_add, upsample_add_backward, lateral_connection, merge_backward, output_conv, reorder)
     },
 )
