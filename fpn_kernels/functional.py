@@ -181,11 +181,14 @@ def output_conv_format(feature: Tensor) -> torch.memory_format:
     return _output_conv_format(device_type, dtype)
 
 
-# A constant to torch.compile, which need not look into the selection of backends: whatever is chosen later, the compiled
-# network stays right.
-@torch.compiler.assume_constant_result
 def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     return selection.fastest_format("output_conv", device_type, dtype)
+
+
+# A constant to torch.compile, which cannot look into the selection of backends and need not: whatever is chosen later,
+# the compiled network stays right.  The mark is that of `torch.compiler.assume_constant_result`, which would import the
+# whole compiler, and Triton with it, to set it.
+_output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
