@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
       "lateral_connection(Tensor feature, Tensor weight, Tensor bias, Tensor? top, int mode, float gain, "
       "Tensor(a!) out) -> bool");
   m.def("output_conv(Tensor feature, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool");
+  m.def("reorder(Tensor source, Tensor(a!) out) -> ()");
   m.def("limit_level(int ceiling) -> int");
 }
 
@@ -33,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
   m.impl("merge_backward", TORCH_BOX(&fpn::cpu::merge_backward));
   m.impl("weighted_merge", TORCH_BOX(&fpn::cpu::weighted_merge));
   m.impl("weighted_merge_backward", TORCH_BOX(&fpn::cpu::weighted_merge_backward));
+  m.impl("reorder", TORCH_BOX(&fpn::cpu::reorder));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CompositeExplicitAutograd, m) {

@@ -42,5 +42,7 @@ void merge_backward(
     Tensor grad_bias);
 // Whether it served: where not, nothing was written.  out is dense, in either layout whatever the feature's.
 bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out);
+// out = source, in out's own layout: dense NCHW or NHWC.
+void reorder(const Tensor& source, Tensor out);
 
 }  // namespace fpn::cpu

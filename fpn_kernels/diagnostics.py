@@ -16,15 +16,14 @@ from fpn_kernels.version import __version__
 
 OPERATORS = (
     *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
-    *("weighted_merge", "weighted_merge_backward"),
+    *("weighted_merge", "weighted_merge_backward", "output_conv", "reorder"),
 )
 
 # Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
 PUBLIC: dict[str, Callable[..., Any]] = {}
 
-# Public functions that have no operator of their own, and what they are made of.
+# Public functions that have no operator of their own, and what each is made of.
 COMPOSED = {
-    "output_conv": "PyTorch's own convolution (F.conv2d, padding 1)",
     "top_down_pathway": "one lateral_connection a level; ask for that operator with the level's arguments",
 }
 
@@ -79,23 +78,26 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and keyword arguments of a call of each operator."""
     top = torch.zeros(1, 8, 2, 2, device=device, dtype=dtype)
     fine = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
     weight = torch.zeros(8, 8, device=device, dtype=dtype)
     return {
-        "upsample_add": (top, fine),
-        "upsample_add_backward": (fine, (2, 2)),
-        "lateral_connection": (fine, weight, None, top),
-        "merge_backward": (fine, (2, 2), None),
-        "weighted_merge": ((fine, top), torch.ones(2, device=device)),
-        "weighted_merge_backward": (fine, fine, torch.ones((), device=device)),
+        "upsample_add": ((top, fine), {}),
+        "upsample_add_backward": ((fine, (2, 2)), {}),
+        "lateral_connection": ((fine, weight, None, top), {}),
+        "merge_backward": ((fine, (2, 2), None), {}),
+        "weighted_merge": (((fine, top), torch.ones(2, device=device)), {}),
+        "weighted_merge_backward": ((fine, fine, torch.ones((), device=device)), {}),
+        "output_conv": ((fine, weight[:, :, None, None].expand(8, 8, 3, 3)), {}),
+        "reorder": ((fine,), {"memory_format": torch.channels_last}),
     }
 
 
-def _who_serves(name: str, arguments: tuple[Any, ...]) -> list[str]:
+def _who_serves(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[str]:
     try:
-        return str(explain(name, *arguments)).splitlines()
+        return str(explain(name, *arguments, **keywords)).splitlines()
     except selection.BackendUnavailableError as error:
         return str(error).splitlines()
 
@@ -132,6 +134,6 @@ def report() -> str:
         lines += ["", _device_name(device)]
         for dtype in (torch.bfloat16, torch.float32):
             lines.append(f"  {str(dtype).removeprefix('torch.')}")
-            for name, arguments in _samples(device, dtype).items():
-                lines += [f"    {line}" for line in _who_serves(name, arguments)]
+            for name, (arguments, keywords) in _samples(device, dtype).items():
+                lines += [f"    {line}" for line in _who_serves(name, arguments, keywords)]
     return "\n".join(lines)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import diagnostics
+from fpn_kernels.backends import selection
 from fpn_kernels.operators import checks, decompositions
 
 
@@ -133,31 +133,78 @@ def lateral_connection(
     return result
 
 
-def output_conv(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The 3x3 convolution (stride 1, padding 1) that turns a merged map into an output map.
+def output_conv(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """The 3x3 convolution (stride 1, padding 1) and its bias, which turn a merged map into an output map.
 
-    Computed by PyTorch's own convolution.
+    ``out = F.conv2d(feature, weight, bias, padding=1)`` (Feature Pyramid Networks, arXiv 1612.03144, section 3).
 
     Args:
         feature: the merged map ``[N, Cin, H, W]``.
         weight: ``[Cout, Cin, 3, 3]``.
         bias: ``[Cout]``, or None.
+        memory_format: layout of the result: `torch.contiguous_format` (NCHW), `torch.channels_last` (NHWC) or
+            `torch.preserve_format` (that of `feature`).
 
     Returns:
-        ``[N, Cout, H, W]``, as ``F.conv2d(feature, weight, bias, padding=1)``.
+        ``[N, Cout, H, W]``, dtype of `feature`, dense.  Products are summed in float32 (float64 for float64);
+        float32 on CUDA follows PyTorch's own precision switch for convolutions.
+
+    All tensors share one dtype (float16, bfloat16, float32, float64) and one device.  Differentiable twice; only the
+    gradients asked for are computed.  Under autocast it runs in the autocast dtype.
 
     Takes ``18 N H W Cin Cout`` operations.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape, a device or `memory_format` does not fit; or a forced backend cannot serve the call.
     """
     _require_tensor("feature", feature)
     _require_tensor("weight", weight)
     _require_tensor("bias", bias, optional=True)
-    mixed = torch.is_autocast_enabled(feature.device.type)
-    checks.check_pointwise("feature", feature, "weight", weight, "bias", bias, kernel_size=3, dtype=not mixed)
-    return F.conv2d(feature, weight, bias, padding=1)
+    _require_memory_format(memory_format)
+    result: Tensor = _operators().output_conv(feature, weight, bias, memory_format=memory_format)
+    return result
+
+
+def output_conv_format(feature: Tensor) -> torch.memory_format:
+    """The layout of a merged map in which `output_conv` is fastest on this machine, whatever its result's layout.
+
+    For the code that has the map made: `lateral_connection` writes either layout at no extra pass.
+
+    Args:
+        feature: a tensor of the map's device and dtype; under autocast, the map's dtype is taken to be autocast's.
+
+    Returns:
+        `torch.contiguous_format`, `torch.channels_last`, or `torch.preserve_format` where it does not matter.
+    """
+    device_type, dtype = feature.device.type, feature.dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    return _output_conv_format(device_type, dtype)
+
+
+def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
+    return selection.fastest_format("output_conv", device_type, dtype)
+
+
+# A constant to torch.compile, which cannot look into the selection of backends and need not: whatever is chosen later,
+# the compiled network stays right.  The mark is that of `torch.compiler.assume_constant_result`, which would import the
+# whole compiler, and Triton with it, to set it.
+_output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The map itself where it has the layout (NCHW or NHWC), else a copy in that layout.  Differentiable twice."""
+    if source.is_contiguous(memory_format=memory_format):
+        return source
+    result: Tensor = _operators().reorder(source, memory_format=memory_format)
+    return result
 
 
 def _require_levels(name: str, values: object, *, optional: bool = False) -> None:

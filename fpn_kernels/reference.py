@@ -41,9 +41,16 @@ def lateral_connection(
     return merged if memory_format == torch.preserve_format else merged.contiguous(memory_format=memory_format)
 
 
-def output_conv(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def output_conv(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
     """``F.conv2d`` with padding 1; see `fpn_kernels.output_conv`."""
-    return F.conv2d(feature, weight, bias, padding=1)
+    result = F.conv2d(feature, weight, bias, padding=1)
+    return result if memory_format == torch.preserve_format else result.contiguous(memory_format=memory_format)
 
 
 def top_down_pathway(

@@ -54,13 +54,24 @@ class Target:
         if dtype not in self.dtypes():
             pytest.skip(f"{self.backend} leaves {dtype} to eager")
 
+    def implements(self, operator: str) -> bool:
+        """Whether the backend has this operator at all."""
+        return operator in {backend.name: backend for backend in selection.backends()}[self.backend].implementations
+
+    def require_operator(self, operator: str) -> None:
+        """Skips an operator that the backend does not have; eager, which serves it then, is a target of its own."""
+        if not self.implements(operator):
+            pytest.skip(f"{self.backend} has no implementation of {operator}")
+
     @contextlib.contextmanager
     def serves(self, *operators: str) -> Iterator[None]:
-        """Forces the backend, and asserts that it served each of these operators and nothing else did."""
+        """Forces the backend, and asserts that it served each of these operators and nothing else did.
+
+        An operator that the backend does not have is eager's.
+        """
         with selection.use_backend(self.backend), selection.record_calls() as calls:
             yield
-        assert {operator for operator, _ in calls} == set(operators)
-        assert {backend for _, backend in calls} == {self.backend}
+        assert set(calls) == {(name, self.backend if self.implements(name) else "eager") for name in operators}
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -57,8 +57,45 @@ def test_a_forced_backend_that_refuses_raises_with_its_reason() -> None:
     with fpn_kernels.use_backend("fake"):
         with pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64"):
             fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
-        with pytest.raises(ValueError, match="fake: has no implementation of lateral_connection"):
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_a_forced_backend_leaves_the_operators_it_does_not_have_to_eager() -> None:
+    with fpn_kernels.use_backend("fake"):
+        with selection.record_calls() as calls:
             fpn_kernels.lateral_connection(LATERAL, torch.ones(2, 2))
+        explanation = fpn_kernels.explain("lateral_connection", LATERAL, torch.ones(2, 2))
+    assert calls == [("lateral_connection", "eager")]
+    assert (explanation.backend, explanation.forced) == ("eager", True)
+    assert explanation.refusals == {"fake": "has no implementation of lateral_connection"}
+
+
+def _preferring(memory_format: torch.memory_format | None) -> Implementation:
+    return Implementation(lambda *_: None, lambda *_: None, lambda device_type, dtype: memory_format)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"first": torch.channels_last, "second": torch.contiguous_format}, torch.channels_last),
+        ({"first": None, "second": torch.channels_last}, torch.channels_last),  # serves other devices
+        ({"first": torch.preserve_format, "second": torch.channels_last}, torch.preserve_format),  # serves, either way
+        ({"absent": torch.channels_last, "second": torch.contiguous_format}, torch.contiguous_format),
+        ({}, torch.preserve_format),
+    ],
+)
+def test_the_layout_asked_for_is_that_of_the_backend_that_would_serve(
+    answers: dict[str, torch.memory_format | None], expected: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_registry", {"eager": selection._registry["eager"]})
+    ours = {
+        name: Backend(name, lambda name=name: "not here" if name == "absent" else None, {"conv": _preferring(answer)})
+        for name, answer in answers.items()
+    }
+    monkeypatch.setattr(selection, "_registry", {**ours, **selection._registry})
+    assert selection.fastest_format("conv", "cpu", torch.float32) == expected
+    with fpn_kernels.use_backend("eager"):
+        assert selection.fastest_format("conv", "cpu", torch.float32) == torch.preserve_format
 
 
 @pytest.mark.usefixtures("fake_backend")
@@ -139,7 +176,7 @@ def test_explain_goes_the_whole_way_of_the_call() -> None:
     merge = fpn_kernels.explain("weighted_merge", [LATERAL, TOP], torch.ones(2), normalization="softmax")
     assert str(merge) == str(fpn_kernels.explain(fpn_kernels.weighted_merge, [LATERAL, TOP], torch.ones(2)))
     assert merge.operator == "weighted_merge"
-    assert "composition" in fpn_kernels.explain("output_conv", LATERAL).backend
+    assert "composition" in fpn_kernels.explain("top_down_pathway", [LATERAL]).backend
     assert "nothing to launch" in fpn_kernels.explain("upsample_add", TOP[:0], LATERAL[:0]).backend
 
 
@@ -191,6 +228,8 @@ def test_the_operators_appear_once() -> None:
         "top_down_pathway",
         "weighted_merge",
         "weighted_merge_backward",
+        "output_conv",
+        "reorder",
     }
 
 

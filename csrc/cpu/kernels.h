@@ -97,6 +97,17 @@ struct UpsampleAddBackward {
   double* bias_sums;  // a line of sums for each unit: [units] in NCHW, [units][channels] in NHWC; or null
 };
 
+// A map copied into another layout.
+struct Reorder {
+  int64_t element;        // bytes
+  Map source;
+  Result out;
+  int64_t channels;
+  int64_t lines, length;  // of evenly spaced pixels in `source`: one line a map, or one a row
+  int64_t block, blocks;  // pixels in a block, blocks in a line
+  bool streaming;         // the result is too large for the caches
+};
+
 // out = gain * (weight x feature + bias + resize(top)), through lateral_connection_tiles.inc.
 struct LateralConnection {
   Dtype dtype;
@@ -161,6 +172,7 @@ inline constexpr int64_t held_rows_bytes(int64_t width, int64_t top_width) {
   void upsample_add_backward_rows(const UpsampleAddBackward&, int64_t begin, int64_t end, std::byte* scratch);     \
   void weighted_merge_rows(const WeightedMerge&, int64_t begin, int64_t end, std::byte* scratch);                  \
   void weighted_merge_backward_rows(const WeightedMergeBackward&, int64_t begin, int64_t end, std::byte* scratch); \
+  void reorder_blocks(const Reorder&, int64_t begin, int64_t end, std::byte* scratch);                             \
   }
 
 FPN_DECLARE_KERNELS(portable)

@@ -17,9 +17,6 @@ constexpr int64_t operand_bytes = 4;
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
-// Pixels one after the other at one distance, whether along a row or from one row to the next.
-bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride_y == map.width * map.stride_x; }
-
 bool top_fits(const Map& top, bool channels_last) { return channels_last ? top.stride_c == 1 : top.stride_x == 1; }
 
 // Blocks of one size over a map, a whole number of them for each thread where that can be.

@@ -23,9 +23,14 @@ inline double number_of(const Tensor& vector, int64_t index) {
   return static_cast<double>(static_cast<const float*>(vector.const_data_ptr())[place]);
 }
 
+// Pixels one after the other at one distance, whether along a row or from one row to the next.
+inline bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride_y == map.width * map.stride_x; }
+
+// A result of this many bytes or more is written past the caches.
+constexpr int64_t streaming_bytes = int64_t{24} << 20;
+
 // Whether a result is so large that it is best written past the caches, and its lines allow it.
 inline bool may_stream(const Tensor& out, Dtype dtype) {
-  constexpr int64_t streaming_bytes = int64_t{24} << 20;
   const int64_t element = element_size(dtype), line = (out.stride(3) == 1 ? out.size(3) : out.size(1)) * element;
   return out.numel() * element >= streaming_bytes && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
       line % 64 == 0;

@@ -175,6 +175,17 @@ def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tupl
     return scaled(grad, factor).contiguous(memory_format=result_format(grad)), inner_product(grad, input)
 
 
+def output_conv(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
+) -> Tensor:
+    out_format = requested_format(feature, memory_format)
+    return F.conv2d(feature, weight, bias, padding=1).contiguous(memory_format=out_format)
+
+
+def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return allocate(source.shape, source, memory_format).copy_(source)
+
+
 def _serves_all(*arguments: object) -> None:
     return None
 
@@ -186,7 +197,7 @@ BACKEND = Backend(
         run.__name__: Implementation(run, _serves_all)
         for run in (
             *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
-            *(weighted_merge, weighted_merge_backward),
+            *(weighted_merge, weighted_merge_backward, output_conv, reorder),
         )
     },
 )

@@ -13,11 +13,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 ENVIRONMENT_VARIABLE = "FPN_KERNELS_BACKEND"
 
 
 class BackendUnavailableError(ValueError):
     """A backend was named that is unknown, not on this machine, or cannot serve the call."""
+
+
+def _no_preference(device_type: str, dtype: torch.dtype) -> torch.memory_format:
+    return torch.preserve_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +33,14 @@ class Implementation:
     Attributes:
         run: computes the operator; takes the operator's arguments, all by position.
         refusal: takes the same arguments; returns why this call cannot be served, or None.
+        fastest_format: takes a type of device and a dtype; returns the layout of the map in which the operator is
+            fastest there, whatever layout its result has, `torch.preserve_format` where that does not matter (or is
+            not known), or None for a device that the backend does not serve.
     """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None]
+    fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +141,8 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named
     before the environment variable FPN_KERNELS_BACKEND.
 
     Args:
-        name: "native", "triton" or "eager"; None gives the choice back to the library.
+        name: "native", "triton" or "eager"; None gives the choice back to the library.  An operator that the backend
+            does not have at all (`explain` tells) is left to eager.
 
     Raises:
         TypeError: `name` is not a string or None.
@@ -168,18 +179,44 @@ def _forced_backend() -> Backend | None:
     return _named(name, ENVIRONMENT_VARIABLE) if name else None
 
 
+def _candidates(operator: str) -> tuple[tuple[Backend, ...], bool]:
+    """The backends to ask, in order of preference, and whether one was forced.
+
+    A forced backend without the operator is no reason to fail a network that also uses those it has.
+    """
+    forced = _forced_backend()
+    if forced is None:
+        return backends(), False
+    return (forced,) if operator in forced.implementations else (forced, _registry["eager"]), True
+
+
+def fastest_format(operator: str, device_type: str, dtype: torch.dtype) -> torch.memory_format:
+    """The layout of a map in which an operator is fastest, by the backend that would serve it.
+
+    What produces the map can then write it in that layout.  `torch.preserve_format` where it does not matter.
+    """
+    for backend in _candidates(operator)[0]:
+        implementation = backend.implementations.get(operator)
+        if implementation is None or backend.unavailable() is not None:
+            continue
+        answer = implementation.fastest_format(device_type, dtype)
+        if answer is not None:
+            return answer
+    return torch.preserve_format
+
+
 def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanation]:
     """The first backend, in order of preference, that does not refuse the call.
 
     Raises:
         BackendUnavailableError: a forced backend refuses it.
     """
-    forced = _forced_backend()
+    candidates, forced = _candidates(operator)
     refusals: dict[str, str] = {}
-    for backend in (forced,) if forced is not None else _registry.values():
+    for backend in candidates:
         reason = backend.refusal(operator, arguments)
         if reason is None:
-            return backend, Explanation(operator, backend.name, refusals, forced is not None)
+            return backend, Explanation(operator, backend.name, refusals, forced)
         refusals[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise BackendUnavailableError(f"{operator}: no backend serves this call ({reasons})")

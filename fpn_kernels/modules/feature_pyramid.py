@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_kernels import functional
+from fpn_kernels.backends.layouts import result_format
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock
 from fpn_kernels.modules.fusing import fused_parameters
 from fpn_kernels.resampling import MODES
@@ -29,6 +30,9 @@ class FeaturePyramidNetwork(nn.Module):
     where the parameters are 16-bit; done anew at each call, so that no edit is missed).  Any other norm, and
     BatchNorm in training, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
     carries hooks or was replaced (by a LoRA adapter, a quantised convolution): it is called as it is.
+
+    Every output map has the layout of the feature map of its level.  The merged maps in between may have another
+    where this machine's output convolutions are faster in it.
 
     Under autocast the fused calls run in the autocast dtype with float32 sums; eager would resample, and from
     there on carry the pathway, in float32.
@@ -101,8 +105,19 @@ class FeaturePyramidNetwork(nn.Module):
                 level.
         """
         names, features = self._check_features(x)
-        merged = self._merge(features)
-        results = [_output(block, level) for block, level in zip(self.layer_blocks, merged, strict=True)]
+        outputs = [fused_parameters(block, 3) for block in self.layer_blocks]
+        inner_format = _inner_format(features[0], outputs)
+        merged = self._merge(features, inner_format)
+        results = []
+        for block, parameters, level, feature in zip(self.layer_blocks, outputs, merged, features, strict=True):
+            if parameters is not None:
+                result = functional.output_conv(level, *parameters, memory_format=result_format(feature))
+            elif inner_format == torch.preserve_format:
+                result = block(level)
+            else:
+                # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
+                result = block(functional.reorder(level, result_format(feature)))
+            results.append(result)
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
             if len(results) != len(names):
@@ -114,13 +129,15 @@ class FeaturePyramidNetwork(nn.Module):
             return OrderedDict(zip(names, results, strict=True))
         return tuple(results)
 
-    def _merge(self, features: list[Tensor]) -> Sequence[Tensor]:
+    def _merge(self, features: list[Tensor], memory_format: torch.memory_format) -> Sequence[Tensor]:
         gain = _GAINS[self.fuse_type]
         laterals = [fused_parameters(block, 1) for block in self.inner_blocks]
         fused = [lateral for lateral in laterals if lateral is not None]
         if len(fused) == len(laterals):
             weights, biases = zip(*fused, strict=True)
-            return functional.top_down_pathway(features, weights, biases, mode=self.mode, gain=gain)
+            return functional.top_down_pathway(
+                features, weights, biases, mode=self.mode, gain=gain, memory_format=memory_format
+            )
         merged: list[Tensor] = []
         for level in reversed(range(len(features))):
             top = merged[-1] if merged else None
@@ -208,10 +225,11 @@ class FeaturePyramidNetwork(nn.Module):
             )
 
 
-def _output(block: nn.Module, merged: Tensor) -> Tensor:
-    parameters = fused_parameters(block, 3)
-    result: Tensor = block(merged) if parameters is None else functional.output_conv(merged, *parameters)
-    return result
+def _inner_format(feature: Tensor, outputs: list[_Parameters | None]) -> torch.memory_format:
+    """The layout of the merged maps: the one that suits the output convolutions, where there are any."""
+    if all(parameters is None for parameters in outputs):
+        return torch.preserve_format
+    return functional.output_conv_format(feature)
 
 
 def _convolution(

@@ -3,6 +3,8 @@
 from fpn_kernels.operators import (
     lateral_connection,
     merge_backward,
+    output_conv,
+    reorder,
     top_down_pathway,
     upsample_add,
     upsample_add_backward,
@@ -13,6 +15,8 @@ from fpn_kernels.operators import (
 __all__ = [
     "lateral_connection",
     "merge_backward",
+    "output_conv",
+    "reorder",
     "top_down_pathway",
     "upsample_add",
     "upsample_add_backward",

@@ -54,6 +54,19 @@ def check_memory_format(memory_format: torch.memory_format | None) -> None:
         )
 
 
+def check_reorder(source: Tensor, memory_format: torch.memory_format) -> None:
+    check_map("source", source)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format: expected torch.contiguous_format or torch.channels_last, got {memory_format}")
+
+
+def check_output_conv(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
+) -> None:
+    check_memory_format(memory_format)
+    check_pointwise("feature", feature, "weight", weight, "bias", bias, kernel_size=3)
+
+
 def check_upsample_add(top: Tensor, lateral: Tensor, mode: str) -> None:
     check_mode(mode)
     check_map("top", top)

@@ -22,7 +22,9 @@ from fpn_kernels.backends.layouts import requested_format, result_format
 from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import (
     check_lateral_connection,
+    check_output_conv,
     check_pathway,
+    check_reorder,
     check_upsample_add,
     check_weighted_merge,
     sum_dtype,
@@ -135,6 +137,20 @@ def top_down_pathway(
     return merged[::-1]
 
 
+@_after_autocast
+def output_conv(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, *, memory_format: torch.memory_format | None = None
+) -> Tensor:
+    check_output_conv(feature, weight, bias, memory_format)
+    result = F.conv2d(feature, weight, bias, padding=1)
+    return result.contiguous(memory_format=requested_format(feature, memory_format))
+
+
+def reorder(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
+    check_reorder(source, memory_format)
+    return source.clone(memory_format=memory_format)
+
+
 def _weighted_merge(
     first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest"
 ) -> Tensor:
@@ -176,6 +192,8 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     return {
         operators.upsample_add.default: upsample_add,
         operators.lateral_connection.default: lateral_connection,
+        operators.output_conv.default: output_conv,
+        operators.reorder.default: reorder,
         operators.top_down_pathway.default: top_down_pathway,
         operators.weighted_merge.default: weighted_merge,
     }

@@ -1,0 +1,41 @@
+// A map copied into another layout, at close to the speed of memory: ATen's own copy from NHWC to NCHW took 12 times as
+// long at C2 of an 800 x 1280 image (256 channels, bfloat16, 2 cores of Zen 4), where a copy without a change of layout
+// takes two thirds of this one's time.
+
+#include "../operators.h"
+#include "capability.h"
+#include "maps.h"
+
+namespace fpn::cpu {
+
+namespace {
+
+// Pixels in a block.  A block of 256 channels stays in the second cache, and each line of it is long enough for the
+// hardware to see it coming; 64 to 256 pixels were measured alike.
+constexpr int64_t block_pixels = 128;
+
+bool may_stream(const Reorder& call, int64_t numel) {
+  const int64_t line = (call.out.stride_x == 1 ? call.length : call.channels) * call.element;
+  return numel * call.element >= streaming_bytes && reinterpret_cast<uintptr_t>(call.out.data) % 64 == 0 &&
+      line % 64 == 0;
+}
+
+}  // namespace
+
+void reorder(const Tensor& source, Tensor out) {
+  Reorder call{};
+  call.element = element_size(dtype_of(source));
+  call.source = map_of(source);
+  call.out = result_of(out);
+  call.channels = source.size(1);
+  const bool one_line = evenly_spaced(call.source);
+  call.lines = one_line ? 1 : call.source.height;
+  call.length = one_line ? call.source.height * call.source.width : call.source.width;
+  call.block = block_pixels;
+  call.blocks = (call.length + call.block - 1) / call.block;
+  call.streaming = may_stream(call, source.numel());
+  const int64_t units = source.size(0) * call.lines * call.blocks;
+  run_units(FPN_CHOOSE(reorder_blocks), call, units, std::min(call.block, call.length) * call.channels, 0);
+}
+
+}  // namespace fpn::cpu

@@ -1,0 +1,166 @@
+"""`reorder`: a map copied into another layout, on every backend here and every level of the compiled one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from samples import LAYOUTS, random_map
+from targets import Target
+from torch.library import opcheck
+
+import fpn_kernels
+from fpn_kernels.backends import native
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+SHAPES = [
+    (1, 64, 12, 16),  # whole tiles of every element and every level, more than one block
+    (2, 33, 19, 29),  # one channel and some pixels beside the whole tiles, in each of two images
+    (1, 257, 3, 5),  # fewer pixels than a tile
+    (3, 1, 7, 9),  # one channel: both layouts are the same bytes
+    (2, 40, 1, 1),  # one pixel: the same
+    (1, 5, 1, 300),  # one row
+    (1, 70, 150, 1),  # one column
+    (0, 3, 4, 4),  # nothing
+]
+
+
+def _reorder(source: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    return torch.ops.fpn_kernels.reorder(source, memory_format=memory_format)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", FORMATS)
+def test_every_element_arrives(asked: str, dtype: torch.dtype, layout: str, target: Target) -> None:
+    target.require_operator("reorder")
+    for shape in SHAPES[:-1]:
+        source = random_map(shape, dtype, target.device, layout)
+        before = source.clone()
+        with target.serves("reorder"):
+            result = _reorder(source, FORMATS[asked])
+        assert torch.equal(result, source) and torch.equal(source, before)
+        assert result.is_contiguous(memory_format=FORMATS[asked])
+        assert result.data_ptr() != source.data_ptr()
+
+
+def test_empty_batch(target: Target) -> None:
+    target.require_operator("reorder")
+    with fpn_kernels.use_backend(target.backend):
+        result = _reorder(torch.empty(SHAPES[-1], device=target.device), torch.channels_last)
+    assert result.shape == SHAPES[-1] and result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced"])
+@pytest.mark.parametrize("asked", FORMATS)
+def test_opcheck(asked: str, layout: str, target: Target) -> None:
+    target.require_operator("reorder")
+    with fpn_kernels.use_backend(target.backend):
+        for requires_grad in (False, True):
+            source = random_map(SHAPES[1], torch.float32, target.device, layout).requires_grad_(requires_grad)
+            opcheck(torch.ops.fpn_kernels.reorder.default, (source,), {"memory_format": FORMATS[asked]})
+
+
+def test_gradcheck(target: Target) -> None:
+    target.require(torch.float64)
+    target.require_operator("reorder")
+    source = random_map((2, 3, 4, 2), torch.float64, target.device).requires_grad_()
+    with fpn_kernels.use_backend(target.backend):
+        assert torch.autograd.gradcheck(lambda s: _reorder(s, torch.channels_last) ** 2, [source])
+        assert torch.autograd.gradgradcheck(lambda s: _reorder(s, torch.channels_last) ** 2, [source])
+
+
+BAD = {
+    "rank": (torch.ones(2, 3, 4), torch.channels_last, ValueError, "source: expected 4 dimensions"),
+    "dtype": (torch.ones(1, 2, 3, 4).int(), torch.channels_last, TypeError, "source: .*got torch.int32"),
+    "format": (torch.ones(1, 2, 3, 4), torch.preserve_format, ValueError, "memory_format: .*got torch.preserve_format"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case: str) -> None:
+    source, memory_format, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        _reorder(source, memory_format)
+
+
+# ------------------------------------------------------------------------------------------- the compiled library
+
+compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
+
+
+@pytest.fixture
+def levels() -> Iterator[list[int]]:
+    """The levels of instructions that this CPU has, in a test that may limit them."""
+    limit = torch.ops.fpn_kernels_native.limit_level
+    yield [level for level in range(3) if limit(level) == level]
+    limit(2)
+
+
+def _reordered(source: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """By the library's own operator, into a result full of NaN between two guards that nothing may write to."""
+    guard = 64
+    strides = torch.empty(source.shape, device="meta", memory_format=memory_format).stride()
+    memory = torch.full((source.numel() + 2 * guard,), float("nan"), dtype=source.dtype)
+    out = memory.as_strided(source.shape, strides, guard)
+    torch.ops.fpn_kernels_native.reorder(source, out)
+    assert memory[:guard].isnan().all() and memory[-guard:].isnan().all()
+    return out
+
+
+@compiled
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", FORMATS)
+def test_every_level_writes_every_element(asked: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
+    for level in levels:
+        torch.ops.fpn_kernels_native.limit_level(level)
+        for shape in SHAPES[:-1]:
+            source = random_map(shape, dtype, layout=layout)
+            assert torch.equal(_reordered(source, FORMATS[asked]), source)
+
+
+@compiled
+def test_bits_are_moved_as_they_are(levels: list[int]) -> None:
+    """Signalling NaNs, their payloads and negative zeros included: no element is taken for a number."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, 64, 32, 32)
+    for level in levels:
+        torch.ops.fpn_kernels_native.limit_level(level)
+        for dtype in (torch.bfloat16, torch.float16):
+            for asked in FORMATS.values():
+                source = every.contiguous(
+                    memory_format=torch.channels_last if asked == torch.contiguous_format else torch.contiguous_format
+                )
+                out = torch.zeros_like(every, memory_format=asked)
+                torch.ops.fpn_kernels_native.reorder(source.view(dtype), out.view(dtype))
+                assert torch.equal(out, every)
+
+
+@compiled
+@pytest.mark.parametrize("asked", FORMATS)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 512, 400), (1, 96, 361, 367), (2, 33, 400, 512)], ids=["aligned", "odd pixels", "odd channels"]
+)
+def test_a_result_written_past_the_caches(shape: tuple[int, ...], asked: str, levels: list[int]) -> None:
+    """Results of 24 MB and more take other store instructions, where every line of them is aligned."""
+    source = random_map(shape, torch.bfloat16, layout="nhwc" if asked == "nchw" else "nchw")
+    assert source.numel() * 2 >= 24 << 20
+    for level in levels:
+        torch.ops.fpn_kernels_native.limit_level(level)
+        assert torch.equal(_reordered(source, FORMATS[asked]), source)
+
+
+@compiled
+@pytest.mark.parametrize("asked", FORMATS)
+def test_the_number_of_threads_does_not_show(asked: str) -> None:
+    source = random_map((3, 50, 75, 113), torch.bfloat16, layout="sliced-nhwc" if asked == "nchw" else "sliced")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(_reordered(source, FORMATS[asked]), source)
+    finally:
+        torch.set_num_threads(before)
