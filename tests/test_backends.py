@@ -54,9 +54,9 @@ def test_the_first_backend_that_does_not_refuse_serves() -> None:
 
 @pytest.mark.usefixtures("fake_backend")
 def test_a_forced_backend_that_refuses_raises_with_its_reason() -> None:
-    with fpn_kernels.use_backend("fake"):
-        with pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64"):
-            fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
+    refusal = pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64")
+    with fpn_kernels.use_backend("fake"), refusal:
+        fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
 
 
 @pytest.mark.usefixtures("fake_backend")
