@@ -36,6 +36,12 @@ inline bool may_stream(const Tensor& out, Dtype dtype) {
       line % 64 == 0;
 }
 
+// Small planes of contiguous NCHW maps are taken as one row each, of a single image of one channel: a loop over the
+// rows of a 64 x 64 map costs as much as what it moves.
+inline bool planes_are_rows(const Tensor& map) {
+  return map.is_contiguous() && map.size(2) * map.size(3) <= 16384;
+}
+
 // Scratch memory of one task, from a cache line on.
 class Scratch {
  public:

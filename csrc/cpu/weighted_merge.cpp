@@ -49,6 +49,7 @@ void weighted_merge(
   call.channels_last = call.out.stride_x != 1;
   call.streaming = may_stream(out, dtype);
   std::optional<ForwardTable> tables[6];
+  bool flat = true;
   while (call.count < 3 && inputs[call.count] != nullptr) {
     WeightedMap& input = call.inputs[call.count];
     input.map = map_of(*inputs[call.count]);
@@ -61,7 +62,18 @@ void weighted_merge(
       input.rows = (*rows)->axis();
       input.columns = (*columns)->axis();
     }
+    flat = flat && !input.resized && planes_are_rows(*inputs[call.count]);
     ++call.count;
+  }
+  if (!call.channels_last && flat) {
+    const int64_t plane = height * width;
+    for (int64_t i = 0; i < call.count; ++i) call.inputs[i].map.stride_y = plane;
+    call.out.stride_y = plane;
+    call.height = batch * call.channels;
+    call.width = plane;
+    call.channels = 1;
+    run_units(FPN_CHOOSE(weighted_merge_rows), call, call.height, plane, 0);
+    return;
   }
   const int64_t units = call.channels_last ? batch * height : batch * call.channels * height;
   const int64_t elements = call.channels_last ? width * call.channels : width;

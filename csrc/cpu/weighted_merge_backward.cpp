@@ -24,11 +24,20 @@ void weighted_merge_backward(
   call.channels_last = call.grad_input.stride_x != 1;
   call.streaming = may_stream(grad_input, call.dtype);
   const int64_t rows = grad.size(0) * call.grad.height;
-  const int64_t units = call.channels_last ? rows : rows * call.channels;
-  const int64_t elements = call.grad.width * (call.channels_last ? call.channels : 1);
+  int64_t units = call.channels_last ? rows : rows * call.channels;
+  int64_t elements = call.grad.width * (call.channels_last ? call.channels : 1);
+  int64_t scratch = 2 * line_bytes(elements, element_size(call.dtype));
+  if (!call.channels_last && planes_are_rows(grad) && planes_are_rows(input)) {
+    units = grad.size(0) * call.channels;
+    elements = call.grad.height * call.grad.width;
+    scratch = 0;
+    call.grad.stride_y = call.input.stride_y = call.grad_input.stride_y = elements;
+    call.grad.height = units;
+    call.grad.width = elements;
+    call.channels = 1;
+  }
   std::vector<double> sums(units);
   call.sums = sums.data();
-  const int64_t scratch = 2 * line_bytes(elements, element_size(call.dtype));
   run_units(FPN_CHOOSE(weighted_merge_backward_rows), call, units, elements, scratch);
   double total = 0;
   for (const double sum : sums) total += sum;
