@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks/gpu.sh",
         description="Build, test and measure the library on this machine's NVIDIA GPU, within a given time.",
-        epilog="Exit status: 0 when every step had its turn and none failed, 1 otherwise, 2 for wrong arguments or no GPU.",
+        epilog="Exit status: 0 where every step had its turn and none failed, else 1; 2 for bad arguments or no GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="walk every step on the CPU; its figures mean nothing")
