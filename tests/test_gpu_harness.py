@@ -212,6 +212,18 @@ def test_a_step_gets_what_is_left_less_what_later_ones_need(tmp_path: Path) -> N
     assert "squeezed" not in budgets and budgets["reserved"] == pytest.approx(5, abs=0.5)
 
 
+def test_too_little_time_for_all_is_shared(tmp_path: Path) -> None:
+    budgets: list[float] = []
+
+    def action(deadline: float) -> str | None:
+        budgets.append(deadline - time.monotonic())
+        return None
+
+    run, _ = _run(tmp_path, 8, Step("first", action, 10, 100), Step("second", action, 30, 100))
+    run.execute()
+    assert budgets == [pytest.approx(2, abs=0.3), pytest.approx(8, abs=0.3)]  # the first left all of its part
+
+
 def test_a_step_without_time_is_not_begun(tmp_path: Path) -> None:
     called: list[float] = []
 

@@ -125,7 +125,10 @@ class Run:
 
     def _one(self, step: Step, reserved: float) -> None:
         began = time.monotonic()
-        budget = min(step.most, self.end - began - reserved)
+        left = self.end - began
+        # Where there is less than all of them need, each gets its part.
+        part = left * step.reserve / (step.reserve + reserved) if step.reserve else 0.0
+        budget = min(step.most, max(left - reserved, part))
         entry: dict[str, Any] = {"name": step.name, "status": "ok", "seconds": 0.0, "budget": round(budget, 1)}
         if budget < 1:
             entry |= {"status": "skipped", "reason": NO_TIME}
