@@ -27,10 +27,13 @@ class Implementation:
     Attributes:
         run: computes the operator; takes the operator's arguments, all by position.
         refusal: takes the same arguments; returns why this call cannot be served, or None.
+        only_forced: why selection passes it over unless its backend is forced (such as that nobody has measured it
+            yet), or None.
     """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None]
+    only_forced: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +50,18 @@ class Backend:
     unavailable: Callable[[], str | None]
     implementations: Mapping[str, Implementation]
 
-    def refusal(self, operator: str, arguments: tuple[Any, ...]) -> str | None:
-        """Why this backend cannot serve this call, or None."""
+    def refusal(self, operator: str, arguments: tuple[Any, ...], forced: bool = False) -> str | None:
+        """Why this backend cannot serve this call or, where it is not forced, does not; or None."""
         reason = self.unavailable()
         if reason is not None:
             return reason
         implementation = self.implementations.get(operator)
         if implementation is None:
             return f"has no implementation of {operator}"
-        return implementation.refusal(*arguments)
+        reason = implementation.refusal(*arguments)
+        if reason is None and not forced and implementation.only_forced is not None:
+            return f"serves only where it is forced: {implementation.only_forced}"
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +183,7 @@ def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanat
     forced = _forced_backend()
     refusals: dict[str, str] = {}
     for backend in (forced,) if forced is not None else _registry.values():
-        reason = backend.refusal(operator, arguments)
+        reason = backend.refusal(operator, arguments, forced is not None)
         if reason is None:
             return backend, Explanation(operator, backend.name, refusals, forced is not None)
         refusals[backend.name] = reason

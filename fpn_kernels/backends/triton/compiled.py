@@ -19,23 +19,25 @@ class Variant:
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: argument name to type ("*bf16", "i32", "fp32", "constexpr").
+        signature: argument name to type ("*bf16", "i32", "fp32", "constexpr"), or to a tuple of them.
         constexprs: values of the constexpr arguments.
         attrs: Triton's argument attributes: base pointers are 16-byte aligned where the tensors are dense.
         options: num_warps and the like.
         description: what it serves; a test's name.
         wide: instructions (LDG, STG, LDGSTS) that are all expected to move 16 bytes.
         matrix_product: tensor-core instructions are expected.
+        descriptors: bulk tensor copies (TMA) are expected where the chip has them.
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     options: Mapping[str, Any]
     description: str
     wide: tuple[str, ...] = ()
     matrix_product: bool = False
+    descriptors: bool = False
 
 
 def variant(
@@ -67,7 +69,13 @@ def variant(
 
 def all_variants() -> Iterator[Variant]:
     """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
-    from fpn_kernels.backends.triton import lateral_connection, merge_backward, upsample_add, upsample_add_backward
+    from fpn_kernels.backends.triton import (
+        lateral_connection,
+        merge_backward,
+        output_conv,
+        upsample_add,
+        upsample_add_backward,
+    )
 
-    for module in (upsample_add, upsample_add_backward, merge_backward, lateral_connection):
+    for module in (upsample_add, upsample_add_backward, merge_backward, lateral_connection, output_conv):
         yield from module.variants()

@@ -46,6 +46,25 @@ def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts)
 
 
+def full_access(tensor: Tensor) -> int:
+    """How many of the tensor's elements 16 bytes hold."""
+    return _ALIGNED_BYTES // tensor.element_size()
+
+
+def inner_axis(tensor: Tensor) -> str | None:
+    """The axis along which a tensor descriptor reads or writes a map: "channels", "pixels", or None for neither.
+
+    TMA wants that axis to have stride 1, every other stride to be a multiple of 16 bytes, and the map to begin at one.
+    Expanded maps, whose stride is 0, are left out: nothing says that TMA takes them.
+    """
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return None
+    for axis, dim in (("channels", 1), ("pixels", 3)):
+        if alignment(tensor, dim, tensor.shape[dim]) >= full_access(tensor):
+            return axis
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def scale(in_size: int, out_size: int) -> float:
     """`resampling.scale`, remembered: three small tensors are a launch's worth of host time."""

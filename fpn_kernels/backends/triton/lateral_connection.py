@@ -123,7 +123,7 @@ def _by_channel(values, PIXELS_LAST: tl.constexpr):
 
 
 @device_function
-def _operand(value, ARITHMETIC: tl.constexpr):
+def operand(value, ARITHMETIC: tl.constexpr):
     """A tile as the tensor cores take it.
 
     They would cut float32 short to TF32; it is rounded first, which halves the error.  The interpreter of Triton 3.6
@@ -204,7 +204,7 @@ def connect(
             right_place = weight + (weight_step[:, None] + weight_channel[None, :])
             left = tl.load(left_place, mask=pixel_inside[:, None] & step_inside[None, :], other=0.0)
             right = tl.load(right_place, mask=step_inside[:, None] & channel_inside[None, :], other=0.0)
-        left, right = _operand(left, ARITHMETIC), _operand(right, ARITHMETIC)
+        left, right = operand(left, ARITHMETIC), operand(right, ARITHMETIC)
         if ARITHMETIC == "ieee":
             total = tl.dot(left, right, total, input_precision="ieee")
         else:
