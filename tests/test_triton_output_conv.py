@@ -247,7 +247,7 @@ def test_reasons_to_refuse_a_pyramid() -> None:
     assert "level 1 differs" in refusal(maps, [weights[0], weights[0].transpose(0, 1)], biases)
     assert "level 1: biases are all None" in refusal(maps, weights, [biases[0], None])
     assert "level 1: several levels are read as dense" in refusal([maps[0], maps[1][:, :, ::2]], weights, biases)
-    assert "different layouts" in refusal([maps[0], maps[1].contiguous()], weights, biases)
+    assert "level 1: feature is read through" in refusal([maps[0], maps[1].contiguous()], weights, biases)
     assert eligibility.MOST_LEVELS == descriptor_kernels.MOST_LEVELS
 
 

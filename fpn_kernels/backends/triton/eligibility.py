@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import requested_format
 from fpn_kernels.backends.triton import geometry
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -182,6 +181,4 @@ def output_conv_levels(
             refusal = "several levels are read as dense NHWC maps"
         if refusal is not None:
             return f"level {level}: {refusal}"
-    if len({requested_format(feature, memory_format) for feature in features}) > 1:
-        return "the levels' results would have different layouts"
     return None

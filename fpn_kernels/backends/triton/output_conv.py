@@ -81,10 +81,10 @@ def output_conv_levels(
     The levels share batch, channels, dtype and having a bias or not; sizes and strides are each one's own.
     """
     batch, out_channels = features[0].shape[0], weights[0].shape[0]
-    outs = [
-        allocate((batch, out_channels, *feature.shape[2:]), feature, requested_format(feature, memory_format))
-        for feature in features
-    ]
+    # A map of one pixel is NHWC and NCHW at once: the others decide.
+    formats = {requested_format(feature, memory_format) for feature in features}
+    out_format = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+    outs = [allocate((batch, out_channels, *feature.shape[2:]), feature, out_format) for feature in features]
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     arithmetic = arithmetic_of(features[0])
     config = choose(arithmetic, batch, out_channels, sizes, geometry.processors(features[0]), boxed(outs))
@@ -111,7 +111,7 @@ def variants() -> Iterator[Variant]:
             if config.channels <= _MOST_SCATTERED and tile == config:
                 name = f"output_conv-{layout}-scattered"
                 yield convolve_variant(tile, name, arithmetic=arithmetic, taps=9, out=out, boxed=False)
-        if size == "large":
+        if arithmetic != "ieee" or size == "large":
             name = f"output_conv-nhwc-{LEVELS_COMPILED}levels"
             yield convolve_variant(config, name, arithmetic=arithmetic, taps=9, levels=LEVELS_COMPILED)
     for arithmetic, levels in itertools.product(("half", "tf32", "ieee"), (1, LEVELS_COMPILED)):
