@@ -70,7 +70,7 @@ def test_every_tile(key: tuple[str, str], turned: bool, monkeypatch: pytest.Monk
     arithmetic, _ = key
     config = output_conv.TABLE[key].turned if turned else output_conv.TABLE[key]
     monkeypatch.setattr(output_conv, "choose", lambda *arguments: config)
-    monkeypatch.setattr(output_conv, "arithmetic_of", lambda feature: arithmetic)
+    monkeypatch.setattr(geometry, "arithmetic_of", lambda feature: arithmetic)
     monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", 3)  # so that programs have several tiles each
     _poison(monkeypatch)
     dtype = _dtype_of(arithmetic)

@@ -7,6 +7,11 @@
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
     merge_backward.py           grad_top and grad_bias in one pass
     lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product
+    descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code
+    descriptor_convolution.py   their launch
+    lateral_connection_descriptors.py   lateral_connection by them: a candidate, not yet measured
+    output_conv.py              3x3 convolution of one map or of a pyramid by them
+    autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk
     compiled.py                 every configuration of every kernel, for compilation ahead of time
 
 Importing this package does not import Triton: a kernel's file is imported at its first launch.
@@ -38,12 +43,12 @@ BACKEND = Backend(
     name="triton",
     unavailable=eligibility.unavailable,
     implementations={
-        operator: Implementation(_at_first_launch(operator), refusal)
-        for operator, refusal in (
-            ("upsample_add", eligibility.upsample_add),
-            ("upsample_add_backward", eligibility.upsample_add_backward),
-            ("lateral_connection", eligibility.lateral_connection),
-            ("merge_backward", eligibility.merge_backward),
+        operator: Implementation(_at_first_launch(operator), refusal, only_forced)
+        for operator, refusal, only_forced in (
+            ("upsample_add", eligibility.upsample_add, None),
+            ("upsample_add_backward", eligibility.upsample_add_backward, None),
+            ("lateral_connection", eligibility.lateral_connection, None),
+            ("merge_backward", eligibility.merge_backward, None),
         )
     },
 )

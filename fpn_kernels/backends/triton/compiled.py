@@ -71,11 +71,13 @@ def all_variants() -> Iterator[Variant]:
     """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
     from fpn_kernels.backends.triton import (
         lateral_connection,
+        lateral_connection_descriptors,
         merge_backward,
         output_conv,
         upsample_add,
         upsample_add_backward,
     )
 
-    for module in (upsample_add, upsample_add_backward, merge_backward, lateral_connection, output_conv):
+    matrix_products = (lateral_connection, lateral_connection_descriptors, output_conv)
+    for module in (upsample_add, upsample_add_backward, merge_backward, *matrix_products):
         yield from module.variants()

@@ -127,17 +127,16 @@ def _scratch(device: torch.device) -> Iterator[None]:
         triton.set_allocator(previous)
 
 
-def _top_reading(level: Level, config: BoxConfig) -> str | None:
-    """How a tile reads the coarser map: by boxes where it has exactly half the size, else pixel by pixel."""
-    if level.top is None:
+def top_reading(feature: Tensor, top: Tensor | None, config: BoxConfig) -> str | None:
+    """How a tile reads the coarser map: None, "gather", or, where it has half the size, boxes along an axis."""
+    if top is None:
         return None
-    height, width = level.feature.shape[2:]
-    inner = geometry.inner_axis(level.top)
-    if inner is None or (height, width) != (2 * level.top.shape[2], 2 * level.top.shape[3]):
+    inner = geometry.inner_axis(top)
+    if inner is None or tuple(feature.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
         return "gather"
     # Sixteen bytes is the least that TMA moves along the innermost axis.
-    narrow = inner == "pixels" and config.columns // 2 < geometry.full_access(level.top)
-    return "gather" if narrow or config.rows % 2 else inner
+    narrow = inner == "pixels" and config.columns // 2 < geometry.full_access(top)
+    return "gather" if narrow else inner
 
 
 def result_axis(outs: Sequence[Tensor]) -> str:
@@ -182,7 +181,7 @@ def launch(
             ARITHMETIC=arithmetic,
             ACCESS=geometry.full_access(one.feature),
             FEATURE=geometry.inner_axis(one.feature),
-            TOP=_top_reading(one, config),
+            TOP=top_reading(one.feature, one.top, config),
             TOP_CHANNELS=geometry.alignment(top, 1, out_channels) if one.top is not None else 0,
             OUT=result_axis(outs),
             BOXED=boxed(outs),

@@ -29,10 +29,10 @@ from fpn_kernels.backends.triton.device import (
     known_multiple,
     loop_bound,
     nearest_source,
+    operand,
     rounded,
     widened,
 )
-from fpn_kernels.backends.triton.lateral_connection import operand
 
 # Of these there is one a level, in a tuple.  Triton specialises on the numbers in a tuple whatever it is told, so that
 # numbers have names of their own: what is compiled then depends on none of them.
@@ -247,6 +247,7 @@ def pack(
 ):  # fmt: skip
     """packed[level, o, tap, i] = weights[level][o, i, tap], zeros after the last input channel; TF32 is rounded."""
     level = tl.program_id(2)
+    padded = known_multiple(padded, 16)
     tap = tl.program_id(0) % taps
     row = (tl.program_id(0) // taps) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -150,6 +150,11 @@ def _product_refusal(feature: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def lateral_connection_descriptors(feature: Tensor, weight: Tensor) -> str | None:
+    """Why a call that `lateral_connection` serves is not for the kernel over tensor descriptors."""
+    return _descriptor_refusal("feature", feature, "channels", "pixels") or _product_refusal(feature, weight)
+
+
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
 ) -> str | None:

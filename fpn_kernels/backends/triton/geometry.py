@@ -104,3 +104,15 @@ def pixels_are_flat(tensor: Tensor) -> bool:
     """Whether the pixels of a plane lie one stride apart throughout, so that one index serves for both axes."""
     height, width = tensor.shape[2:]
     return height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+
+
+def arithmetic_of(feature: Tensor) -> str:
+    """How products are computed, "half", "tf32" or "ieee": float32 as PyTorch's switch for convolutions says.
+
+    TF32 is the tensor cores' alone.
+    """
+    if feature.dtype != torch.float32:
+        return "half"
+    # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if feature.is_cuda and precision == "tf32" else "ieee"

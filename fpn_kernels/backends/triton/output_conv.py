@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton import autotune, geometry
 from fpn_kernels.backends.triton.compiled import Variant
 from fpn_kernels.backends.triton.descriptor_convolution import (
     BoxConfig,
@@ -25,8 +25,8 @@ from fpn_kernels.backends.triton.descriptor_convolution import (
     launch,
     matrices,
     pack_variant,
+    result_axis,
 )
-from fpn_kernels.backends.triton.lateral_connection import arithmetic_of
 
 # (arithmetic, size of the tile) -> tile.  256 output channels by 128 pixels is 128 sums a thread: all of a pixel's
 # channels, so that the map is read nine times and not eighteen (compiled for sm_90: 169 registers, 213,528 bytes).
@@ -86,12 +86,28 @@ def output_conv_levels(
     out_format = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     outs = [allocate((batch, out_channels, *feature.shape[2:]), feature, out_format) for feature in features]
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-    arithmetic = arithmetic_of(features[0])
+    arithmetic = geometry.arithmetic_of(features[0])
     config = choose(arithmetic, batch, out_channels, sizes, geometry.processors(features[0]), boxed(outs))
-    products = matrices(weights, arithmetic, config.depth)
-    levels = [Level(f, w, b, None, o) for f, w, b, o in zip(features, products, biases, outs, strict=True)]
-    launch(levels, config, 9, arithmetic)
+
+    def convolve(config: BoxConfig, outs: Sequence[Tensor]) -> None:
+        products = matrices(weights, arithmetic, config.depth)
+        levels = [Level(f, w, b, None, o) for f, w, b, o in zip(features, products, biases, outs, strict=True)]
+        launch(levels, config, 9, arithmetic)
+
+    config = autotune.fastest(
+        "output_conv",
+        (arithmetic, result_axis(outs), boxed(outs), len(features), *weights[0].shape, *_size_classes(batch, sizes)),
+        features[0],
+        [tile for c in candidates(arithmetic, out_channels, boxed(outs)) for tile in dict.fromkeys((c, c.turned))],
+        config,
+        lambda candidate: convolve(candidate, [torch.empty_like(out) for out in outs]),
+    )
+    convolve(config, outs)
     return outs
+
+
+def _size_classes(batch: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    return autotune.size_class(batch, *itertools.chain(*sizes))
 
 
 def output_conv(
