@@ -109,6 +109,28 @@ def test_use_backend_nests_and_gives_back() -> None:
     assert not fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
 
 
+def test_what_is_only_forced_is_passed_over_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementation = Implementation(
+        lambda top, lateral, mode, gain: torch.full_like(lateral, 42.0),
+        lambda top, *_: None if top.dtype == torch.float32 else "serves float32 only",
+        only_forced="nobody has measured it",
+    )
+    others = dict(selection._registry)
+    monkeypatch.setattr(
+        selection, "_registry", {"fake": Backend("fake", lambda: None, {"upsample_add": implementation}), **others}
+    )
+    explanation = fpn_kernels.explain("upsample_add", TOP, LATERAL)
+    assert explanation.backend != "fake"
+    assert explanation.refusals["fake"] == "serves only where it is forced: nobody has measured it"
+    with fpn_kernels.use_backend("fake"):
+        assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"
+        assert float(fpn_kernels.upsample_add(TOP, LATERAL)[0, 0, 0, 0]) == 42
+        with pytest.raises(ValueError, match="fake: serves float32 only"):
+            fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
+    # What it cannot compute is the reason that is shown, also where it is not forced.
+    assert fpn_kernels.explain("upsample_add", TOP.double(), LATERAL.double()).refusals["fake"] == "serves float32 only"
+
+
 def test_use_backend_without_a_block_holds_until_changed() -> None:
     try:
         fpn_kernels.use_backend("eager")

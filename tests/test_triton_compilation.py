@@ -25,8 +25,10 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fpn_kernels import resampling  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
+    geometry,
     lateral_connection,
     merge_backward,
+    output_conv,
     upsample_add,
     upsample_add_backward,
     weighted_merge,
@@ -71,7 +73,12 @@ def test_machine_code(description: str, capability: int, tmp_path: Path) -> None
     code = _machine_code(compiled, capability, tmp_path)
     if variant.matrix_product:
         assert re.search(CHIPS[capability][1], code), "the matrix product is not on the tensor cores"
+    if variant.descriptors:
+        copies = re.findall(r"\bUTMALDG\b", code)
+        assert bool(copies) == (capability >= 90), "maps are read by bulk tensor copies where the chip has them"
     for instruction, single_numbers in variant.wide.items():
+        if variant.descriptors and capability >= 90:
+            continue  # nothing is left to threads
         moves = re.findall(rf"\b{instruction}\.[\w.]+", code)
         narrow = [move for move in moves if not move.endswith(".128")]
         assert len(moves) > len(narrow), f"no wide {instruction} at all"
@@ -122,6 +129,11 @@ def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels
     weighted_merge.weighted_merge(lateral, lateral, lateral, factors, "nearest")
     weighted_merge_backward.weighted_merge_backward(lateral, top.new_empty(()).expand_as(lateral), factors[0])
     lateral_connection.lateral_connection(lateral, weight.t(), None, None, "nearest", 1.0, None)
+    if geometry.inner_axis(lateral) == "channels":
+        kernel = torch.empty(channels, channels, 3, 3, dtype=dtype)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            output_conv.output_conv(lateral, kernel, weight[0], memory_format)
+        output_conv.output_conv_levels([lateral, top], [kernel, kernel], [None, None], None)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -173,7 +185,13 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     lateral_connection.lateral_connection(
         fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
     )
-    assert len(launched) == 18
+    if layout == torch.channels_last:
+        kernel = torch.empty(256, 256, 3, 3, dtype=fine.dtype)
+        bias = fine[0, :, 0, 0].clone()
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            output_conv.output_conv(fine, kernel, bias, memory_format)
+        output_conv.output_conv_levels([fine] * 4, [kernel] * 4, [bias] * 4, None)
+    assert len(launched) == 18 + 6 * (layout == torch.channels_last)
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)
@@ -195,6 +213,8 @@ def test_every_table_is_compiled() -> None:
         assert len(described) >= sum(map(len, module.TABLE.values()))
         for rows, columns in tiles:
             assert any(f"-{rows}x{columns}-" in description for description in described)
+    for (arithmetic, _), tile in output_conv.TABLE.items():
+        assert sum(d.startswith("output_conv-") and d.endswith(f"-{arithmetic}-{tile}") for d in VARIANTS) >= 3
     for (arithmetic, _), tile in lateral_connection.TABLE.items():
         ending = f"{arithmetic}-{tile.pixels}x{tile.channels}x{tile.depth}"
         assert any(description.endswith(ending) for description in VARIANTS)

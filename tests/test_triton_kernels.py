@@ -128,7 +128,7 @@ def test_every_tile_of_lateral_connection(key: tuple[str, str], monkeypatch: pyt
     arithmetic, _ = key
     dtype = _dtype_of(2 if arithmetic == "half" else 4)
     monkeypatch.setattr(lateral_connection, "choose", lambda *arguments: lateral_connection.TABLE[key])
-    monkeypatch.setattr(lateral_connection, "arithmetic_of", lambda feature: arithmetic)
+    monkeypatch.setattr(geometry, "arithmetic_of", lambda feature: arithmetic)
     transposed = itertools.cycle((False, True))
     for feature_layout, top_layout, out_layout in itertools.product(FORMATS, repeat=3):
         feature = random_map((1, 35, 7, 11), dtype, layout=feature_layout)

@@ -36,11 +36,14 @@ class Implementation:
         fastest_format: takes a type of device and a dtype; returns the layout of the map in which the operator is
             fastest there, whatever layout its result has, `torch.preserve_format` where that does not matter (or is
             not known), or None for a device that the backend does not serve.
+        only_forced: why selection passes it over unless its backend is forced (such as that nobody has measured it
+            yet), or None.
     """
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None]
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
+    only_forced: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +60,18 @@ class Backend:
     unavailable: Callable[[], str | None]
     implementations: Mapping[str, Implementation]
 
-    def refusal(self, operator: str, arguments: tuple[Any, ...]) -> str | None:
-        """Why this backend cannot serve this call, or None."""
+    def refusal(self, operator: str, arguments: tuple[Any, ...], forced: bool = False) -> str | None:
+        """Why this backend cannot serve this call or, where it is not forced, does not; or None."""
         reason = self.unavailable()
         if reason is not None:
             return reason
         implementation = self.implementations.get(operator)
         if implementation is None:
             return f"has no implementation of {operator}"
-        return implementation.refusal(*arguments)
+        reason = implementation.refusal(*arguments)
+        if reason is None and not forced and implementation.only_forced is not None:
+            return f"serves only where it is forced: {implementation.only_forced}"
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +188,15 @@ def _forced_backend() -> Backend | None:
 def _candidates(operator: str) -> tuple[tuple[Backend, ...], bool]:
     """The backends to ask, in order of preference, and whether one was forced.
 
-    A forced backend without the operator is no reason to fail a network that also uses those it has.
+    A forced backend without the operator, or with one that nothing but forcing chooses, is no reason to fail a network
+    that also uses those it has: eager serves what it does not.
     """
     forced = _forced_backend()
     if forced is None:
         return backends(), False
-    return (forced,) if operator in forced.implementations else (forced, _registry["eager"]), True
+    implementation = forced.implementations.get(operator)
+    complete = implementation is not None and implementation.only_forced is None
+    return (forced,) if complete else (forced, _registry["eager"]), True
 
 
 def fastest_format(operator: str, device_type: str, dtype: torch.dtype) -> torch.memory_format:
@@ -214,7 +223,7 @@ def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanat
     candidates, forced = _candidates(operator)
     refusals: dict[str, str] = {}
     for backend in candidates:
-        reason = backend.refusal(operator, arguments)
+        reason = backend.refusal(operator, arguments, forced)
         if reason is None:
             return backend, Explanation(operator, backend.name, refusals, forced)
         refusals[backend.name] = reason

@@ -10,6 +10,11 @@
     weighted_merge.py           two or three maps by factors that stay on the device
     weighted_merge_backward.py  what one of them and its factor are owed
     resized.py                  a tile of a map that is resized on the way
+    descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code
+    descriptor_convolution.py   their launch
+    lateral_connection_descriptors.py   lateral_connection by them: a candidate, not yet measured
+    output_conv.py              3x3 convolution of one map or of a pyramid by them
+    autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk
     compiled.py                 every configuration of every kernel, for compilation ahead of time
 
 Importing this package does not import Triton: a kernel's file is imported at its first launch.
@@ -41,14 +46,15 @@ BACKEND = Backend(
     name="triton",
     unavailable=eligibility.unavailable,
     implementations={
-        operator: Implementation(_at_first_launch(operator), refusal)
-        for operator, refusal in (
-            ("upsample_add", eligibility.upsample_add),
-            ("upsample_add_backward", eligibility.upsample_add_backward),
-            ("lateral_connection", eligibility.lateral_connection),
-            ("merge_backward", eligibility.merge_backward),
-            ("weighted_merge", eligibility.weighted_merge),
-            ("weighted_merge_backward", eligibility.weighted_merge_backward),
+        operator: Implementation(_at_first_launch(operator), refusal, only_forced=only_forced)
+        for operator, refusal, only_forced in (
+            ("upsample_add", eligibility.upsample_add, None),
+            ("upsample_add_backward", eligibility.upsample_add_backward, None),
+            ("lateral_connection", eligibility.lateral_connection, None),
+            ("merge_backward", eligibility.merge_backward, None),
+            ("weighted_merge", eligibility.weighted_merge, None),
+            ("weighted_merge_backward", eligibility.weighted_merge_backward, None),
+            ("output_conv", eligibility.output_conv, "nobody has measured it against cuDNN yet"),
         )
     },
 )

@@ -19,7 +19,7 @@ class Variant:
 
     Attributes:
         kernel: the `triton.jit` function.
-        signature: argument name to type ("*bf16", "i32", "fp32", "constexpr").
+        signature: argument name to type ("*bf16", "i32", "fp32", "constexpr"), or to a tuple of them.
         constexprs: values of the constexpr arguments.
         attrs: Triton's argument attributes: base pointers are 16-byte aligned where the tensors are dense.
         options: num_warps and the like.
@@ -27,16 +27,18 @@ class Variant:
         wide: instructions (LDG, STG, LDGSTS) that are all expected to move 16 bytes, and how many of each may move
             a single number instead.
         matrix_product: tensor-core instructions are expected.
+        descriptors: bulk tensor copies (TMA) are expected where the chip has them.
     """
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     attrs: Mapping[tuple[int, ...], list[list[Any]]]
     options: Mapping[str, Any]
     description: str
     wide: Mapping[str, int] = dataclasses.field(default_factory=dict)
     matrix_product: bool = False
+    descriptors: bool = False
 
 
 def variant(
@@ -71,16 +73,16 @@ def all_variants() -> Iterator[Variant]:
     """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
     from fpn_kernels.backends.triton import (
         lateral_connection,
+        lateral_connection_descriptors,
         merge_backward,
+        output_conv,
         upsample_add,
         upsample_add_backward,
         weighted_merge,
         weighted_merge_backward,
     )
 
-    yield from upsample_add.variants()
-    yield from upsample_add_backward.variants()
-    yield from merge_backward.variants()
-    yield from lateral_connection.variants()
-    yield from weighted_merge.variants()
-    yield from weighted_merge_backward.variants()
+    merges = (upsample_add, upsample_add_backward, merge_backward, weighted_merge, weighted_merge_backward)
+    matrix_products = (lateral_connection, lateral_connection_descriptors, output_conv)
+    for module in (*merges, *matrix_products):
+        yield from module.variants()

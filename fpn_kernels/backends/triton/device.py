@@ -82,6 +82,22 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @device_function
+def operand(value, ARITHMETIC: tl.constexpr):
+    """A tile as the tensor cores take it.
+
+    They would cut float32 short to TF32; it is rounded first, which halves the error.  The interpreter of Triton 3.6
+    and 3.7 multiplies bfloat16 as the integers it is stored in.
+    """
+    if INTERPRETED:
+        value = value.to(tl.float32)
+    elif ARITHMETIC == "tf32":
+        value = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return value
+
+
+@device_function
 def position_of(index, scale, MODE: tl.constexpr):
     """Where destination pixel `index` lies among the source pixels, before any clamp: scale is float32(in / out)."""
     position = index.to(tl.float32)

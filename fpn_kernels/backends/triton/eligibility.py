@@ -7,9 +7,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fpn_kernels.backends.triton import geometry
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (3, 6)
@@ -18,6 +21,9 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")
 # Up to here a float32 estimate of the first fine pixel that reads a coarse one is off by less than half a pixel, as
 # `device.first_reader` needs: five roundings of 2**-24 each, at 2**20, come to 0.31.
 LONGEST_SIDE = 2**20
+
+# `descriptor_kernels.MOST_LEVELS`: P2 to P6.
+MOST_LEVELS = 5
 
 # Read when the library is imported, because Triton decides for good whether a kernel is interpreted when it is
 # decorated.  The spellings are those Triton accepts.
@@ -138,3 +144,66 @@ def lateral_connection(
     if refusal is None and top is not None:
         refusal = _side_refusal(*top.shape[2:], *feature.shape[2:]) or _rows_refusal(weight.shape[0], feature.shape[2])
     return refusal or _pixels_refusal(*feature.shape[2:])
+
+
+def _descriptor_refusal(name: str, tensor: Tensor, *axes: str) -> str | None:
+    """Whether a tensor descriptor reads a map along one of these axes."""
+    if geometry.inner_axis(tensor) in axes:
+        return None
+    layouts = " or ".join({"channels": "NHWC", "pixels": "NCHW"}[axis] for axis in axes)
+    return (
+        f"{name} is read through a tensor descriptor: an {layouts} map that begins at a multiple of 16 bytes, whose "
+        f"strides are such multiples and whose contiguous axis is one, got the shape {list(tensor.shape)}, the strides "
+        f"{list(tensor.stride())} and {tensor.dtype}"
+    )
+
+
+def _product_refusal(feature: Tensor, weight: Tensor) -> str | None:
+    """What is counted in int32: tiles (of 4 x 4 pixels or more by 32 channels or more), and offsets of the weight."""
+    batch, _, height, width = feature.shape
+    boxes = batch * -(-height // 4) * -(-width // 4) * -(-weight.shape[0] // 32)
+    if boxes >= 2**31:
+        return f"{boxes} tiles or more: the kernel counts tiles in int32"
+    taps = weight[0, 0].numel()
+    if geometry.needs_int64(weight) or weight.shape[0] * taps * (weight.shape[1] + 64) >= 2**31:
+        return f"the kernel counts the offsets of a weight in int32, got the shape {list(weight.shape)}"
+    return None
+
+
+def lateral_connection_descriptors(feature: Tensor, weight: Tensor) -> str | None:
+    """Why a call that `lateral_connection` serves is not for the kernel over tensor descriptors."""
+    return _descriptor_refusal("feature", feature, "channels", "pixels") or _product_refusal(feature, weight)
+
+
+def output_conv(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
+) -> str | None:
+    return (
+        _tensor_refusal(feature)
+        or _descriptor_refusal("feature", feature, "channels")
+        or _product_refusal(feature, weight)
+    )
+
+
+def output_conv_levels(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    memory_format: torch.memory_format | None,
+) -> str | None:
+    """Why the levels cannot share a launch, or one of them cannot be served."""
+    if len(features) > MOST_LEVELS:
+        return f"{len(features)} levels: the kernel takes at most {MOST_LEVELS} of them in one launch"
+    first, first_weight, first_bias = features[0], weights[0], biases[0]
+    for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
+        alike = feature.shape[:2] == first.shape[:2] and feature.dtype == first.dtype
+        if not alike or (weight.shape, weight.stride()) != (first_weight.shape, first_weight.stride()):
+            return f"level {level} differs from level 0 in batch, channels, dtype or the strides of its weight"
+        if (bias is None) != (first_bias is None) or (bias is not None and not bias.is_contiguous()):
+            return f"level {level}: biases are all None or all contiguous"
+        refusal = output_conv(feature, weight, bias, memory_format)
+        if refusal is None and not feature.is_contiguous(memory_format=torch.channels_last):
+            refusal = "several levels are read as dense NHWC maps"
+        if refusal is not None:
+            return f"level {level}: {refusal}"
+    return None

@@ -46,6 +46,25 @@ def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts)
 
 
+def full_access(tensor: Tensor) -> int:
+    """How many of the tensor's elements 16 bytes hold."""
+    return _ALIGNED_BYTES // tensor.element_size()
+
+
+def inner_axis(tensor: Tensor) -> str | None:
+    """The axis along which a tensor descriptor reads or writes a map: "channels", "pixels", or None for neither.
+
+    TMA wants that axis to have stride 1, every other stride to be a multiple of 16 bytes, and the map to begin at one.
+    Expanded maps, whose stride is 0, are left out: nothing says that TMA takes them.
+    """
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return None
+    for axis, dim in (("channels", 1), ("pixels", 3)):
+        if alignment(tensor, dim, tensor.shape[dim]) >= full_access(tensor):
+            return axis
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def scale(in_size: int, out_size: int) -> float:
     """`resampling.scale`, remembered: three small tensors are a launch's worth of host time."""
@@ -85,3 +104,15 @@ def pixels_are_flat(tensor: Tensor) -> bool:
     """Whether the pixels of a plane lie one stride apart throughout, so that one index serves for both axes."""
     height, width = tensor.shape[2:]
     return height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+
+
+def arithmetic_of(feature: Tensor) -> str:
+    """How products are computed, "half", "tf32" or "ieee": float32 as PyTorch's switch for convolutions says.
+
+    TF32 is the tensor cores' alone.
+    """
+    if feature.dtype != torch.float32:
+        return "half"
+    # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if feature.is_cuda and precision == "tf32" else "ieee"

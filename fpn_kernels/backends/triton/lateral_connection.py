@@ -22,16 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
-from fpn_kernels.backends.triton import geometry, upsample_add
+from fpn_kernels.backends.triton import (
+    autotune,
+    eligibility,
+    geometry,
+    lateral_connection_descriptors,
+    upsample_add,
+)
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
+from fpn_kernels.backends.triton.descriptor_convolution import BoxConfig
 from fpn_kernels.backends.triton.device import (
-    INTERPRETED,
     along,
     device_function,
     kernel,
     known_multiple,
     loop_bound,
     nearest_source,
+    operand,
     rounded,
     widened,
 )
@@ -70,6 +77,10 @@ TABLE = {
     ("ieee", "narrow"): ProductConfig(32, 32, 16, 4, 2),
 }
 
+# Arithmetics whose calls go to the other kernel, `lateral_connection_descriptors`, where it serves them.  None, as long
+# as nobody has measured it against this one; FPN_KERNELS_AUTOTUNE measures both, class of calls by class of calls.
+DESCRIPTORS: frozenset[str] = frozenset()
+
 # Elements that each operand can be read by, and the result written by, at least, for the two larger tiles.
 _NARROWEST_ACCESS = 2
 _FULL_ACCESS = 8
@@ -93,13 +104,38 @@ def choose(
     return TABLE[arithmetic, "large" if fills and fits else "small"]
 
 
-def arithmetic_of(feature: Tensor) -> str:
-    """The key of the table: for float32 as PyTorch's switch for convolutions says; TF32 is the tensor cores' alone."""
-    if feature.dtype != torch.float32:
-        return "half"
-    # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if feature.is_cuda and precision == "tf32" else "ieee"
+def _measured(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    out: Tensor,
+    mode: str,
+    gain: float,
+    access: int,
+    chosen: ProductConfig,
+) -> ProductConfig | BoxConfig:
+    """The fastest tile of both kernels; unmeasured, `chosen`, or where DESCRIPTORS says so one of the other kernel."""
+    arithmetic = geometry.arithmetic_of(feature)
+    candidates: list[ProductConfig | BoxConfig] = [chosen]
+    if access >= _FULL_ACCESS:
+        candidates = [TABLE[arithmetic, size] for size in ("large", "small")]
+    default: ProductConfig | BoxConfig = chosen
+    if eligibility.lateral_connection_descriptors(feature, weight) is None:
+        boxes = lateral_connection_descriptors.candidates(arithmetic, feature, top, out)
+        candidates += boxes
+        if arithmetic in DESCRIPTORS:
+            default = lateral_connection_descriptors.choose(arithmetic, feature, top, out)
+    layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
+    doubled = top is not None and tuple(out.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
+    return autotune.fastest(
+        "lateral_connection",
+        (arithmetic, *layouts, access, doubled, *weight.shape, *autotune.size_class(out.shape[0], *out.shape[2:])),
+        feature,
+        candidates,
+        default,
+        lambda candidate: launch(feature, weight, bias, top, torch.empty_like(out), mode, gain, candidate),
+    )
 
 
 @device_function
@@ -120,22 +156,6 @@ def _by_channel(values, PIXELS_LAST: tl.constexpr):
     else:
         shaped = values[None, :]
     return shaped
-
-
-@device_function
-def _operand(value, ARITHMETIC: tl.constexpr):
-    """A tile as the tensor cores take it.
-
-    They would cut float32 short to TF32; it is rounded first, which halves the error.  The interpreter of Triton 3.6
-    and 3.7 multiplies bfloat16 as the integers it is stored in.
-    """
-    if INTERPRETED:
-        value = value.to(tl.float32)
-    elif ARITHMETIC == "tf32":
-        value = tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return value
 
 
 @kernel(_RUN_TIME)
@@ -204,7 +224,7 @@ def connect(
             right_place = weight + (weight_step[:, None] + weight_channel[None, :])
             left = tl.load(left_place, mask=pixel_inside[:, None] & step_inside[None, :], other=0.0)
             right = tl.load(right_place, mask=step_inside[:, None] & channel_inside[None, :], other=0.0)
-        left, right = _operand(left, ARITHMETIC), _operand(right, ARITHMETIC)
+        left, right = operand(left, ARITHMETIC), operand(right, ARITHMETIC)
         if ARITHMETIC == "ieee":
             total = tl.dot(left, right, total, input_precision="ieee")
         else:
@@ -243,8 +263,9 @@ def launch(
     out: Tensor,
     mode: str,
     gain: float,
+    config: ProductConfig | BoxConfig | None = None,
 ) -> None:
-    """Writes the connection into the dense `out`; `mode` is a nearest one."""
+    """Writes the connection into the dense `out`; `mode` is a nearest one, and `config` is for measuring."""
     batch, in_channels, height, width = feature.shape
     out_channels = weight.shape[0]
     top_height, top_width = (height, width) if top is None else top.shape[2:]
@@ -265,11 +286,18 @@ def launch(
         out_alignment = geometry.alignment(flat_out, 2, height * width)
     else:
         out_alignment = geometry.alignment(flat_out, 1, out_channels)
-    arithmetic = arithmetic_of(feature)
+    arithmetic = geometry.arithmetic_of(feature)
     weight_out = 0 if weight_in else geometry.alignment(weight, 0, out_channels)
     wide = geometry.needs_int64(*(t for t in (feature, weight, bias, top, out) if t is not None))
     access = min(by_channels or by_pixels, weight_in or weight_out, out_alignment)
-    config = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature), access, wide)
+    if config is None:
+        tile = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature), access, wide)
+        config = tile
+        if autotune.ENABLED or arithmetic in DESCRIPTORS:
+            config = _measured(feature, weight, bias, top, out, mode, gain, access, tile)
+    if isinstance(config, BoxConfig):
+        lateral_connection_descriptors.launch(config, feature, weight, bias, top, out, mode, gain)
+        return
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
     with geometry.device_guard(feature):
         connect[(batch * pixel_tiles * channel_tiles,)](

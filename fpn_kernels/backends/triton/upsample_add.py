@@ -17,11 +17,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton import autotune, geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     kernel,
@@ -220,8 +221,8 @@ def reading_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> s
     return "pairs" if size == (2 * top_size[0], 2 * top_size[1]) else "nearest"
 
 
-def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float) -> None:
-    """Writes ``gain * (lateral + resize(top))`` into `out`, which may be `lateral` itself."""
+def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float, config: TileConfig | None = None) -> None:
+    """Writes ``gain * (lateral + resize(top))`` into `out`, which may be `lateral` itself; `config`: for measuring."""
     batch, channels, height, width = lateral.shape
     top_height, top_width = top.shape[2:]
     walk = walk_of(out)
@@ -245,7 +246,17 @@ def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float) ->
         }
     # The planes gather from the top element by element in any case.
     access = min(a for name, a in alignments.items() if name != "TOP" or walk == "channels" or pairs)
-    config = choose(walk, reading, lateral.element_size(), columns, access)
+    if config is None:
+        config = choose(walk, reading, lateral.element_size(), columns, access)
+        if autotune.ENABLED and access > 1:
+            config = autotune.fastest(
+                "upsample_add",
+                (walk, reading, access, columns, *autotune.size_class(rows * outer)),
+                lateral,
+                TABLE[walk, reading, lateral.element_size()],
+                config,
+                lambda candidate: launch(top, lateral, torch.empty_like(out), mode, gain, candidate),
+            )
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
     with geometry.device_guard(lateral):
         launched[(row_tiles * column_tiles * outer,)](

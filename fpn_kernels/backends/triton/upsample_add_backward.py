@@ -19,11 +19,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton import autotune, geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     along,
@@ -115,8 +116,8 @@ class Plan:
 MOST_PARTIALS = 512
 
 
-def plan(grad: Tensor, out: Tensor, mode: str, bias: bool) -> Plan:
-    """Chooses the tile and the grid that gather `grad` into `out`."""
+def plan(grad: Tensor, out: Tensor, mode: str, bias: bool, config: TileConfig | None = None) -> Plan:
+    """Chooses the tile and the grid that gather `grad` into `out`; `config` is for measuring."""
     batch, channels, height, width = grad.shape
     top_height, top_width = out.shape[2:]
     walk = walk_of(out)
@@ -129,7 +130,18 @@ def plan(grad: Tensor, out: Tensor, mode: str, bias: bool) -> Plan:
     else:
         grad_alignment, out_alignment = geometry.alignment(grad, 3, width), geometry.alignment(out, 3, top_width)
     access = grad_alignment if window == AREA else min(grad_alignment, out_alignment)
-    config = choose(walk, window, grad.element_size(), channels if walk == "channels" else top_width, access)
+    if config is None:
+        columns = channels if walk == "channels" else top_width
+        config = choose(walk, window, grad.element_size(), columns, access)
+        if autotune.ENABLED and access > 1:
+            config = autotune.fastest(
+                "upsample_add_backward",
+                (walk, window, access, bias, columns, *autotune.size_class(batch * channels * height * width)),
+                grad,
+                TABLE[walk, window, grad.element_size()],
+                config,
+                lambda candidate: _try(plan(grad, out, mode, bias, candidate), grad, out, mode, bias),
+            )
     groups = 1
     if window == AREA:
         row_tiles = top_width
@@ -380,6 +392,12 @@ def launch(
             # Contracted, the bilinear indices would differ in the last bit from those that windows were sized by.
             enable_fp_fusion=False,
         )
+
+
+def _try(chosen: Plan, grad: Tensor, out: Tensor, mode: str, bias: bool) -> None:
+    """Launches a plan into results that nothing reads."""
+    partials = grad.new_empty((chosen.partials, grad.shape[1]), dtype=torch.float32) if bias else None
+    launch(chosen, grad, torch.empty_like(out), None, partials, mode, 1.0)
 
 
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:

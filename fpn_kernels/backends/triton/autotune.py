@@ -1,0 +1,148 @@
+"""FPN_KERNELS_AUTOTUNE=1: measures the candidates of each table once, and remembers the fastest on disk.
+
+Without the variable, and where nothing can be measured (a CPU tensor, a stream that is being captured), the heuristics
+decide as ever.  With it, the first call of a class (operator, dtype, layouts, channels, size rounded up to a power of
+two, device) runs every candidate on that call's own tensors, into results of its own, and waits for the device; later
+calls, and later processes, find the answer.
+
+One JSON file a device in `directory`, whose key has the versions of the library, of torch and of Triton: an answer
+holds for what was measured.  A file that cannot be read or written is ignored, with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.testing
+from torch import Tensor
+
+from fpn_kernels.version import __version__
+
+ENVIRONMENT_VARIABLE = "FPN_KERNELS_AUTOTUNE"
+
+# Read once: a launch asks before it puts together what `fastest` wants to know.
+ENABLED = os.environ.get(ENVIRONMENT_VARIABLE, "").lower() in ("1", "true", "on")
+
+Candidate = TypeVar("Candidate")
+
+_lock = threading.RLock()
+_answers: dict[pathlib.Path, dict[str, str]] = {}
+_warned = False
+
+
+def directory() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "fpn_kernels"
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """The median time of a launch on the device, with L2 flushed before each."""
+    median: float = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+    return median
+
+
+def size_class(*sizes: int) -> tuple[int, ...]:
+    """Each size rounded up to a power of two: images of about one size share an answer."""
+    return tuple(1 << (size - 1).bit_length() for size in sizes)
+
+
+def _device_name(tensor: Tensor) -> str | None:
+    """The name that answers are kept under; None where nothing can be measured."""
+    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.get_device_name(tensor.device)
+
+
+def _warn(doing: str, path: pathlib.Path, error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"{ENVIRONMENT_VARIABLE}: {doing} {path} failed, it is ignored: {error}", stacklevel=4)
+
+
+def _read(path: pathlib.Path) -> dict[str, str]:
+    try:
+        answers = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn("reading", path, error)
+        return {}
+    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+        _warn("reading", path, ValueError("expected an object of strings"))
+        return {}
+    return answers
+
+
+def _write(path: pathlib.Path, key: str, answer: str) -> None:
+    """Adds an answer to those that other processes wrote meanwhile; a reader sees the old file or the new one."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answers = {**_read(path), key: answer}
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(answers, file, indent=1, sort_keys=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        _warn("writing", path, error)
+        if temporary is not None:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def _fastest(candidates: Sequence[Candidate], default: Candidate, run: Callable[[Candidate], None]) -> Candidate:
+    """The default where no candidate runs (one that needs more shared memory than the chip has is left out)."""
+    times: list[tuple[float, int]] = []
+    for number, candidate in enumerate(candidates):
+        try:
+            times.append((milliseconds(lambda candidate=candidate: run(candidate)), number))  # type: ignore[misc]
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return candidates[min(times)[1]] if times else default
+
+
+def fastest(
+    operator: str,
+    call: Sequence[Any],
+    tensor: Tensor,
+    candidates: Sequence[Candidate],
+    default: Candidate,
+    run: Callable[[Candidate], None],
+) -> Candidate:
+    """The candidate for a class of calls: `default` unless the variable is set, then what was measured.
+
+    Args:
+        operator: its name.
+        call: what the class is told by beside dtype and device: layouts, channels, `size_class`.
+        tensor: whose dtype and device count.
+        candidates: configurations; an answer is found again by its `repr`.
+        default: what the heuristics say.
+        run: launches the operator with a candidate, into a result that nothing else reads.
+    """
+    device = _device_name(tensor) if ENABLED and len(candidates) > 1 else None
+    if device is None:
+        return default
+    versions = (__version__, torch.__version__, triton.__version__)
+    key = " ".join(map(str, (operator, tensor.dtype, *call, *versions)))
+    path = directory() / ("".join(c if c.isalnum() else "-" for c in device) + ".json")
+    with _lock:
+        if path not in _answers:
+            _answers[path] = _read(path)
+        known = {repr(candidate): candidate for candidate in candidates}
+        answer = _answers[path].get(key)
+        if answer not in known:
+            chosen = _fastest(candidates, default, run)
+            answer = _answers[path][key] = repr(chosen)
+            known.setdefault(answer, chosen)
+            _write(path, key, answer)
+        return known[answer]

@@ -1,0 +1,248 @@
+"""The launch of `descriptor_kernels.convolve`: tiles, weights as matrices, scratch memory, and what it compiles."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import _allocation
+
+from fpn_kernels.backends.triton import descriptor_kernels as kernels
+from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant
+
+# Output channels, and input channels of one of them, that a program packs.
+_PACKED_ROWS, _PACKED_COLUMNS = 8, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxConfig:
+    """A tile of the result, a box of pixels by output channels; input channels a step; and how it is run.
+
+    Attributes:
+        rows, columns: the box of pixels; at least 16 bytes along either axis.
+        channels: output channels of a tile.
+        depth: input channels a step of the sum.
+        num_warps, num_stages: as Triton has them.
+        parts: in how many parts (1 or 2) the epilogue takes the channels; two halve what it stages in shared memory.
+        resident: programs a multiprocessor.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+    resident: int = 1
+
+    @property
+    def turned(self) -> BoxConfig:
+        """The same tile over a box of the other orientation."""
+        return dataclasses.replace(self, rows=self.columns, columns=self.rows)
+
+    def tiles(self, batch: int, out_channels: int, sizes: Sequence[tuple[int, int]]) -> int:
+        """How many of it cover maps of these sizes."""
+        boxes = sum(-(-height // self.rows) * -(-width // self.columns) for height, width in sizes)
+        return batch * boxes * -(-out_channels // self.channels)
+
+    def constexprs(self) -> dict[str, Any]:
+        tile = {"ROWS": self.rows, "COLUMNS": self.columns, "CHANNELS": self.channels}
+        return {**tile, "DEPTH": self.depth, "PARTS": self.parts}
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.channels}x{self.depth}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One map's convolution; `weight` is a matrix [Cout, taps * Cin] as `matrices` makes it."""
+
+    feature: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    top: Tensor | None
+    out: Tensor
+
+
+def matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> list[Tensor]:
+    """The weights of several levels, of one shape and the same strides, as matrices [Cout, taps * Cin] for `convolve`.
+
+    A 1x1 weight is such a matrix already where its rows are contiguous, a 3x3 weight in channels_last where `depth`
+    divides its channels: these are views.  Others are packed by one launch for all levels, which reads and writes each
+    weight once (256 to 256 channels in 16 bits: 1.2 MB each way), and so is every weight for TF32, to be rounded.
+    Nothing is remembered between calls.
+    """
+    views = [_as_matrix(weight, depth) for weight in weights]
+    if arithmetic != "tf32" and all(view is not None for view in views):
+        return [view for view in views if view is not None]
+    out_channels, in_channels = weights[0].shape[:2]
+    taps = weights[0][0, 0].numel()
+    padded = -(-in_channels // depth) * depth
+    packed = weights[0].new_empty(len(weights), out_channels, taps * padded)
+    grid = (taps * -(-out_channels // _PACKED_ROWS), -(-padded // _PACKED_COLUMNS), len(weights))
+    with geometry.device_guard(packed):
+        kernels.pack[grid](
+            *(tuple(weights), packed, taps, in_channels, out_channels),
+            *(*geometry.strides(weights[0]), 0, 0)[:4],
+            padded,
+            LEVELS=len(weights),
+            ARITHMETIC=arithmetic,
+            ROWS=_PACKED_ROWS,
+            COLUMNS=_PACKED_COLUMNS,
+        )
+    return list(packed)
+
+
+def _as_matrix(weight: Tensor, depth: int) -> Tensor | None:
+    """A view of the weight as [Cout, taps * Cin], or None where there is none that a descriptor can read."""
+    if weight.dim() == 4:
+        if weight.shape[1] % depth or not weight.permute(0, 2, 3, 1).is_contiguous():
+            return None
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    aligned = geometry.alignment(weight, 1, weight.shape[1]) >= geometry.full_access(weight)
+    return weight if aligned and weight.stride(0) > 0 else None
+
+
+@contextlib.contextmanager
+def _scratch(device: torch.device) -> Iterator[None]:
+    """Memory for descriptors made on the device; whatever allocator the caller had told Triton is put back."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        # The caching allocator aligns to 512 bytes, descriptors want 128; freed memory is reused in stream order.
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    previous = _allocation._allocator.get()
+    triton.set_allocator(allocate)
+    try:
+        yield
+    finally:
+        triton.set_allocator(previous)
+
+
+def top_reading(feature: Tensor, top: Tensor | None, config: BoxConfig) -> str | None:
+    """How a tile reads the coarser map: None, "gather", or, where it has half the size, boxes along an axis."""
+    if top is None:
+        return None
+    inner = geometry.inner_axis(top)
+    if inner is None or tuple(feature.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+        return "gather"
+    # Sixteen bytes is the least that TMA moves along the innermost axis.
+    narrow = inner == "pixels" and config.columns // 2 < geometry.full_access(top)
+    return "gather" if narrow else inner
+
+
+def result_axis(outs: Sequence[Tensor]) -> str:
+    """The axis along which all the dense results are contiguous: where NHWC and NCHW are one, "channels"."""
+    nhwc = all(out.is_contiguous(memory_format=torch.channels_last) for out in outs)
+    return "channels" if nhwc else "pixels"
+
+
+def boxed(outs: Sequence[Tensor]) -> bool:
+    """Whether descriptors can write the results along that axis."""
+    dim = 1 if result_axis(outs) == "channels" else 3
+    return all(geometry.alignment(out, dim, out.shape[dim]) >= geometry.full_access(out) for out in outs)
+
+
+def launch(
+    levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str, mode: str = "nearest", gain: float = 1.0
+) -> None:
+    """Writes each level's convolution into its dense `out`.
+
+    Several levels agree in batch, channels, dtype, the layout of `out`, the strides of weight and bias, and in having
+    a bias or not; their features are dense NHWC maps, and they have no top.
+    """
+    one = levels[0]
+    outs = tuple(level.out for level in levels)
+    top = one.out if one.top is None else one.top
+    (batch, in_channels, height, width), out_channels = one.feature.shape, one.out.shape[1]
+    sizes = [(level.feature.shape[2], level.feature.shape[3]) for level in levels]
+    tiles = config.tiles(batch, out_channels, sizes)
+    with geometry.device_guard(one.feature), _scratch(one.feature.device):
+        kernels.convolve[(min(tiles, config.resident * geometry.processors(one.feature)),)](
+            *(tuple(level.feature for level in levels), tuple(level.weight for level in levels)),
+            *(outs if one.bias is None else tuple(level.bias for level in levels), outs, top, gain),
+            *(geometry.scale(top.shape[2], height), geometry.scale(top.shape[3], width)),
+            *(batch, in_channels, out_channels),
+            *geometry.strides(one.feature),
+            *(one.weight.stride(0), one.weight.shape[1], 0 if one.bias is None else geometry.strides(one.bias)[0]),
+            *(*top.shape[2:], *geometry.strides(top)),
+            *itertools.chain(*sizes, *[(1, 1)] * (kernels.MOST_LEVELS - len(levels))),
+            LEVELS=len(levels),
+            TAPS=taps,
+            MODE=mode,
+            ARITHMETIC=arithmetic,
+            ACCESS=geometry.full_access(one.feature),
+            FEATURE=geometry.inner_axis(one.feature),
+            TOP=top_reading(one.feature, one.top, config),
+            TOP_CHANNELS=geometry.alignment(top, 1, out_channels) if one.top is not None else 0,
+            OUT=result_axis(outs),
+            BOXED=boxed(outs),
+            BIAS=one.bias is not None,
+            WIDE=geometry.needs_int64(top, *outs),
+            **config.constexprs(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def convolve_variant(
+    config: BoxConfig,
+    description: str,
+    *,
+    arithmetic: str,
+    taps: int,
+    feature: str = "channels",
+    top: str | None = None,
+    out: str = "channels",
+    boxed: bool = True,
+    levels: int = 1,
+) -> Variant:
+    """Describes one compilation of `convolve`, on aligned tensors."""
+    element_size = 2 if arithmetic == "half" else 4
+    constexprs = {
+        **{"LEVELS": levels, "TAPS": taps, "MODE": "nearest", "ARITHMETIC": arithmetic, "ACCESS": 16 // element_size},
+        **{"FEATURE": feature, "TOP": top, "TOP_CHANNELS": 0 if top in (None, "pixels") else 16, "OUT": out},
+        **{"BOXED": boxed, "BIAS": True, "WIDE": False, **config.constexprs()},
+    }
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    pointer = POINTER_TYPES[element_size]
+    for position, name in enumerate(kernels.convolve.arg_names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in kernels.POINTERS:
+            signature[name] = (pointer,) * levels
+            attrs.update({(position, level): [["tt.divisibility", 16]] for level in range(levels)})
+        elif name == "top":
+            signature[name] = pointer
+            attrs[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if name in kernels.NUMBERS else "fp32"
+    return Variant(
+        *(kernels.convolve, signature, constexprs, attrs),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        description=f"{description}-{arithmetic}-{config}",
+        wide={"LDGSTS": 0},
+        matrix_product=arithmetic != "ieee",
+        descriptors=True,
+    )
+
+
+def pack_variant(arithmetic: str, levels: int) -> Variant:
+    """Describes one compilation of `pack`, on aligned tensors."""
+    pointer = POINTER_TYPES[2 if arithmetic == "half" else 4]
+    constexprs = {"LEVELS": levels, "ARITHMETIC": arithmetic, "ROWS": _PACKED_ROWS, "COLUMNS": _PACKED_COLUMNS}
+    kinds = {"weights": (pointer,) * levels, "packed": pointer, **dict.fromkeys(constexprs, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in kernels.pack.arg_names}
+    places = [(0, level) for level in range(levels)] + [(1,)]
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {place: [["tt.divisibility", 16]] for place in places}
+    description = f"pack-{levels}levels-{arithmetic}"
+    return Variant(kernels.pack, signature, constexprs, attrs, {"num_warps": 4}, description)

@@ -1,0 +1,98 @@
+"""`lateral_connection` over tensor descriptors: a second kernel beside `lateral_connection.connect`.
+
+The same sums in another schedule (`descriptor_kernels.py`): operands by bulk tensor copies, persistent programs, the
+loads of the next tile issued before the epilogue of this one, which matters where the sum is as short as 256 channels.
+An NCHW feature is read in place (16-bit tensor cores take both operand orders).  At ratio 2 a tile's coarse pixels are
+one box as well, read once and broadcast; at any other ratio they are gathered by their addresses.
+
+Nobody has measured it: `lateral_connection.DESCRIPTORS` says where it is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton.compiled import Variant
+from fpn_kernels.backends.triton.descriptor_convolution import (
+    BoxConfig,
+    Level,
+    boxed,
+    convolve_variant,
+    matrices,
+    top_reading,
+)
+from fpn_kernels.backends.triton.descriptor_convolution import launch as launch_levels
+
+# (arithmetic, size of the tile) -> tile.  The large one has all 256 channels of the paper's maps, so that a feature is
+# read once; in two parts its epilogue leaves room for the coarse box (compiled for sm_90: 188,456 bytes).
+TABLE = {
+    ("half", "large"): BoxConfig(8, 16, 256, 64, 8, 3, parts=2),
+    ("half", "medium"): BoxConfig(8, 16, 128, 64, 8, 3),
+    ("half", "small"): BoxConfig(8, 16, 64, 64, 4, 3, resident=2),
+    ("tf32", "large"): BoxConfig(8, 16, 128, 32, 8, 3),
+    ("tf32", "small"): BoxConfig(8, 8, 64, 32, 4, 3, resident=2),
+    ("ieee", "large"): BoxConfig(4, 16, 64, 16, 4, 3, resident=2),
+    ("ieee", "small"): BoxConfig(4, 8, 32, 16, 4, 3, resident=4),
+}
+
+# The most channels of a tile whose elements, coarse ones or results, have an address each.
+_MOST_SCATTERED = 128
+
+
+def candidates(arithmetic: str, feature: Tensor, top: Tensor | None, out: Tensor) -> list[BoxConfig]:
+    """The tiles that fit a call, largest first."""
+    configs = [config for (kind, _), config in TABLE.items() if kind == arithmetic]
+
+    def fits(config: BoxConfig) -> bool:
+        scattered = not boxed([out]) or top_reading(feature, top, config) == "gather"
+        return out.shape[1] > config.channels // 2 and not (scattered and config.channels > _MOST_SCATTERED)
+
+    return [config for config in configs if fits(config)] or configs[-1:]
+
+
+def choose(arithmetic: str, feature: Tensor, top: Tensor | None, out: Tensor) -> BoxConfig:
+    """The largest tile of which there are as many as multiprocessors."""
+    sizes = [(out.shape[2], out.shape[3])]
+    fitting = candidates(arithmetic, feature, top, out)
+    processors = geometry.processors(feature)
+    filling = [c for c in fitting if c.tiles(out.shape[0], out.shape[1], sizes) >= processors]
+    return filling[0] if filling else fitting[-1]
+
+
+def launch(
+    config: BoxConfig,
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    out: Tensor,
+    mode: str,
+    gain: float,
+) -> None:
+    """Writes the connection into the dense `out`; `weight` is [Cout, Cin] and `mode` a nearest one."""
+    arithmetic = geometry.arithmetic_of(feature)
+    (matrix,) = matrices([weight], arithmetic, config.depth)
+    launch_levels([Level(feature, matrix, bias, top, out)], config, 1, arithmetic, mode, gain)
+
+
+def variants() -> Iterator[Variant]:
+    """What a launch may compile: every tile in each layout, with a coarse box, with a gathered one, and alone."""
+    for (arithmetic, _), config in TABLE.items():
+        element_size = 2 if arithmetic == "half" else 4
+        for layout, axis in (("nhwc", "channels"), ("nchw", "pixels")):
+            name = f"lateral_connection_descriptors-{layout}"
+            tops = ["gather"] if config.channels <= _MOST_SCATTERED else []
+            # What `top_reading` says of a narrow box.
+            if axis == "channels" or config.columns // 2 * element_size >= 16:
+                tops.append(axis)
+            for top in tops:
+                reading = "gather" if top == "gather" else "box"
+                yield convolve_variant(
+                    *(config, f"{name}-{reading}"), arithmetic=arithmetic, taps=1, feature=axis, top=top, out=axis
+                )
+        yield convolve_variant(
+            *(config, "lateral_connection_descriptors-nchw-to-nhwc"), arithmetic=arithmetic, taps=1, feature="pixels"
+        )

@@ -1,0 +1,298 @@
+"""FPN_KERNELS_AUTOTUNE: what is measured, when, and what is remembered; with a clock that is told what to say."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from samples import random_map
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from fpn_kernels.backends.triton import (  # noqa: E402
+    autotune,
+    lateral_connection,
+    lateral_connection_descriptors,
+    merge_backward,
+    output_conv,
+    upsample_add,
+    upsample_add_backward,
+)
+
+CANDIDATES = ("slow", "fast", "broken")
+
+
+@pytest.fixture
+def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Autotuning is on, CPU tensors count as those of a GPU, and the cache is a file that is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "ENABLED", True)
+    monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU (1)")
+    _forget(monkeypatch)
+    return tmp_path / "fpn_kernels" / "Some-GPU--1-.json"
+
+
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(autotune, "_answers", {})
+    monkeypatch.setattr(autotune, "_warned", False)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was measured; the clock says 2 for "slow", 1 for "fast", and that "broken" does not fit the chip."""
+    runs: list[str] = []
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        if runs[-1] == "broken":
+            raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+        return {"slow": 2.0, "fast": 1.0}[runs[-1]]
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    return runs
+
+
+def _ask(
+    runs: list[str], size: int = 1, candidates: tuple[str, ...] = CANDIDATES, dtype: torch.dtype = torch.half
+) -> str:
+    return autotune.fastest("op", ("nhwc", size), torch.empty(1, dtype=dtype), candidates, "slow", runs.append)
+
+
+def test_the_fastest_that_runs_is_chosen_once_a_class(cache: pathlib.Path, measured: list[str]) -> None:
+    assert [_ask(measured) for _ in range(3)] == ["fast"] * 3
+    assert measured == list(CANDIDATES)
+    _ask(measured, size=2)
+    _ask(measured, dtype=torch.bfloat16)
+    assert len(measured) == 3 * len(CANDIDATES)
+
+
+def test_a_later_process_reads_the_answer(
+    cache: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ask(measured)
+    answers = json.loads(cache.read_text())
+    ((key, answer),) = answers.items()
+    assert answer == repr("fast")
+    for part in ("op", "float16", "nhwc", torch.__version__, triton.__version__, autotune.__version__):
+        assert part in key
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name], "no temporary file is left"
+    _forget(monkeypatch)
+    assert _ask(measured) == "fast" and measured == list(CANDIDATES)
+    # Another version of anything measures again, and so does an answer that is no candidate any more.
+    monkeypatch.setattr(autotune, "__version__", "0.0.0")
+    assert _ask(measured) == "fast" and len(measured) == 2 * len(CANDIDATES)
+    _forget(monkeypatch)
+    assert _ask(measured, candidates=("slow", "broken")) == "slow" and len(measured) == 2 * len(CANDIDATES) + 2
+
+
+def test_answers_of_other_processes_are_kept(cache: pathlib.Path, measured: list[str]) -> None:
+    _ask(measured, size=1)
+    cache.write_text(json.dumps({**json.loads(cache.read_text()), "theirs": "x"}))
+    _ask(measured, size=2)
+    assert len(json.loads(cache.read_text())) == 3 and json.loads(cache.read_text())["theirs"] == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "\x00\xff"])
+def test_a_corrupt_cache_is_ignored_with_one_warning(content: str, cache: pathlib.Path, measured: list[str]) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: reading .* failed, it is ignored") as caught:
+        assert _ask(measured) == "fast"
+        assert _ask(measured, size=2) == "fast"
+    assert len(caught) == 1
+    assert len(json.loads(cache.read_text())) == 2, "and replaced by a sound one"
+
+
+def test_a_cache_that_cannot_be_written_is_ignored_with_one_warning(
+    cache: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.parent.parent.joinpath("fpn_kernels").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: .* failed, it is ignored") as caught:
+        assert [_ask(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
+    assert len(caught) == 1 and len(measured) == 2 * len(CANDIDATES)
+
+
+def test_an_interrupted_write_leaves_the_old_file(
+    cache: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ask(measured)
+    before = cache.read_text()
+
+    def fails(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.warns(UserWarning, match="writing .* no space left"):
+        _ask(measured, size=2)
+    assert cache.read_text() == before and list(cache.parent.iterdir()) == [cache]
+
+
+def test_where_no_candidate_runs_the_heuristics_decide(cache: pathlib.Path, measured: list[str]) -> None:
+    assert _ask(measured, candidates=("broken", "broken")) == "slow"
+
+
+@pytest.mark.usefixtures("cache")
+def test_other_errors_are_not_swallowed(measured: list[str]) -> None:
+    def fails(candidate: str) -> None:
+        raise RuntimeError("a wrong launch")
+
+    with pytest.raises(RuntimeError, match="a wrong launch"):
+        autotune.fastest("op", (), torch.empty(1), CANDIDATES, "slow", fails)
+
+
+def test_nothing_is_measured_unless_asked(
+    tmp_path: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for enabled in (False, True):  # the second time, because the tensor is the CPU's
+        monkeypatch.setattr(autotune, "ENABLED", enabled)
+        assert _ask(measured) == "slow"
+    monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU")
+    assert _ask(measured, candidates=("slow",)) == "slow"
+    assert not measured and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True), ("on", True)])
+def test_the_variable(value: str | None, expected: bool) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != autotune.ENVIRONMENT_VARIABLE}
+    if value is not None:
+        environment[autotune.ENVIRONMENT_VARIABLE] = value
+    code = "from fpn_kernels.backends.triton import autotune; print(autotune.ENABLED)"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(expected)
+
+
+def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert autotune.directory() == pathlib.Path("/somewhere/fpn_kernels")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert autotune.directory() == pathlib.Path.home() / ".cache" / "fpn_kernels"
+
+
+def test_size_classes() -> None:
+    assert autotune.size_class(1, 2, 3, 200, 320, 256) == (1, 2, 4, 256, 512, 256)
+
+
+# ------------------------------------------------------------------------------------------------ the kernels' tables
+
+
+@contextlib.contextmanager
+def _choosing_last(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Runs every candidate once and takes the last; yields the times that were given out."""
+    times = iter(range(1000, 0, -1))
+    counted: list[float] = []
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        counted.append(float(next(times)))
+        return counted[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "milliseconds", milliseconds)
+        yield counted
+
+
+def _calls() -> dict[str, tuple[Callable[[], object], int]]:
+    """Each kernel's call and how many candidates its class has."""
+    torch.manual_seed(0)
+    top, fine = (random_map((1, 64, *size), torch.half, layout="nhwc") for size in ((4, 4), (8, 8)))
+    weight = torch.randn(64, 64).half() / 8
+    boxes = [c for (kind, _), c in lateral_connection_descriptors.TABLE.items() if kind == "half" and c.channels <= 64]
+    return {
+        "upsample_add": (
+            lambda: upsample_add.upsample_add(top, fine, "nearest", 1.0),
+            len(upsample_add.TABLE["channels", "pairs", 2]),
+        ),
+        "upsample_add_backward": (
+            lambda: upsample_add_backward.upsample_add_backward(fine, (4, 4), "nearest", 1.0),
+            len(upsample_add_backward.TABLE["channels", upsample_add_backward.PAIRS, 2]),
+        ),
+        "merge_backward": (
+            lambda: merge_backward.merge_backward(fine, (4, 4), "nearest", 1.0),
+            len(upsample_add_backward.TABLE["channels", upsample_add_backward.PAIRS, 2]),
+        ),
+        "lateral_connection": (
+            lambda: lateral_connection.lateral_connection(fine, weight, None, top, "nearest", 1.0, None),
+            2 + len(boxes),
+        ),
+        "bilinear": (
+            lambda: lateral_connection.lateral_connection(fine, weight, None, top, "bilinear", 1.0, None),
+            2 + len(boxes) + len(upsample_add.TABLE["channels", "bilinear", 2]),
+        ),
+    }
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "name", ["upsample_add", "upsample_add_backward", "merge_backward", "lateral_connection", "bilinear"]
+)
+def test_every_candidate_of_a_table_is_measured_and_the_results_stay_right(
+    name: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, candidates = _calls()[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "ENABLED", False)
+        expected = call()
+    with _choosing_last(monkeypatch) as counted:
+        first, second = call(), call()
+    assert len(counted) == candidates, "each once, and none again"
+    for result in (first, second):
+        for mine, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2**-9, atol=2**-9)
+    assert json.loads(cache.read_text())
+
+
+@pytest.mark.interpreter
+def test_output_conv_is_measured_in_both_orientations(cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[object] = []
+    launch = output_conv.launch
+
+    def recorded(levels: object, config: object, *rest: object) -> None:
+        launched.append(config)
+        launch(levels, config, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(output_conv, "launch", recorded)
+    feature = random_map((1, 16, 8, 16), torch.half, layout="nhwc")
+    weight = torch.randn(68, 16, 3, 3).half() / 12
+    with _choosing_last(monkeypatch):
+        result = output_conv.output_conv(feature, weight, None, None)
+    medium, small = output_conv.TABLE["half", "medium"], output_conv.TABLE["half", "small"]
+    assert launched == [medium, medium.turned, small, small]
+    expected = torch.nn.functional.conv2d(feature.float(), weight.float(), padding=1)
+    torch.testing.assert_close(result.float(), expected, rtol=2**-9, atol=2**-9)
+
+
+def test_answers_are_told_apart_by_every_field() -> None:
+    """`repr` finds a candidate again: two that differ in anything must not share one."""
+    tables = (upsample_add.TABLE, upsample_add_backward.TABLE, lateral_connection.TABLE, output_conv.TABLE)
+    for table in tables:
+        for tile in table.values():
+            for config in tile if isinstance(tile, tuple) else (tile,):
+                assert dataclasses.is_dataclass(config)
+                assert repr(config) != repr(dataclasses.replace(config, num_warps=config.num_warps * 2))
+
+
+@pytest.mark.gpu
+def test_a_captured_stream_is_not_measured() -> None:
+    tensor = torch.empty(1, device="cuda")
+    assert autotune._device_name(tensor) == torch.cuda.get_device_name(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert autotune._device_name(tensor) is None
+        tensor.add_(1)
+
+
+def test_the_cpu_has_no_name_to_keep_answers_under() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert autotune._device_name(torch.empty(1)) is None
