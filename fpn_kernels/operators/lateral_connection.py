@@ -85,6 +85,17 @@ def _weight_gradient(grad: Tensor, feature: Tensor, shape: Sequence[int], gain: 
     return (result if gain == 1.0 else result * gain).reshape(shape)
 
 
+def _pays_to_align(grad: Tensor, feature_format: torch.memory_format) -> bool:
+    """Whether both products are faster after a fast copy of grad into the feature's layout.
+
+    Measured on Zen 4 with 256 to 1,024 channels: in float32 they took 1.4 to 1.7 times as long from two layouts as from
+    one and the copy; in bfloat16 1.09 times for two images, but 0.95 for one, which is one matrix product either way.
+    """
+    if grad.device.type != "cpu" or result_format(grad) == feature_format:
+        return False
+    return grad.dtype != torch.bfloat16 or grad.shape[0] > 1
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     wants_feature, wants_weight, wants_bias, wants_top = ctx.needs_input_grad[:4]
     feature, weight = ctx.saved_tensors
@@ -96,6 +107,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **options)
     elif wants_bias:
         grad_bias = sum_per_channel(grad, ctx.gain)
+    if (wants_feature or wants_weight) and _pays_to_align(grad, ctx.feature_format):
+        grad = torch.ops.fpn_kernels.reorder(grad, memory_format=ctx.feature_format)
     if wants_feature:
         # The adjoint of a 1x1 convolution is the 1x1 convolution with the transposed weight.
         adjoint = weight.flatten(1).t()
