@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels import diagnostics
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import convolution, selection
 from fpn_kernels.operators import checks, decompositions
 
 
@@ -178,13 +178,17 @@ def output_conv_format(feature: Tensor) -> torch.memory_format:
     For the code that has the map made: `lateral_connection` writes either layout at no extra pass.
 
     Args:
-        feature: a tensor of the map's device and dtype; under autocast, the map's dtype is taken to be autocast's.
+        feature: a map of the same batch, size, device and dtype, such as the backbone's of the same level; under
+            autocast the dtype is taken to be autocast's.
 
     Returns:
         `torch.contiguous_format`, `torch.channels_last`, or `torch.preserve_format` where it does not matter.
     """
     device_type, dtype = feature.device.type, feature.dtype
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    if not convolution.is_large(feature):
+        return torch.preserve_format
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     return _output_conv_format(device_type, dtype)
 

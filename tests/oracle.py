@@ -62,6 +62,19 @@ def lateral_connection(
     return result if top is None else upsample_add(top, result, mode, gain)
 
 
+def output_conv(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    height, width = feature.shape[2:]
+    padded = torch.nn.functional.pad(feature.double().cpu(), (1, 1, 1, 1))
+    taps = weight.double().cpu()
+    result = sum(
+        torch.einsum("nkyx,ok->noyx", padded[:, :, dy : dy + height, dx : dx + width], taps[:, :, dy, dx])
+        for dy in range(3)
+        for dx in range(3)
+    )
+    assert isinstance(result, Tensor)
+    return result if bias is None else result + bias.double().cpu().view(1, -1, 1, 1)
+
+
 def weighted_merge(
     inputs: Sequence[Tensor], factors: Tensor, mode: str = "nearest", dtype: torch.dtype | None = None
 ) -> Tensor:

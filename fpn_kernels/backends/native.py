@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fpn_kernels.backends import convolution
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.backends.selection import Backend, Implementation
 from fpn_kernels.resampling import MODES
@@ -152,22 +153,28 @@ def _in_layout(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     return source if source.is_contiguous(memory_format=memory_format) else reorder(source, memory_format)
 
 
-def _convolution_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
-    """The layout in which PyTorch's 3x3 convolution is fastest, for maps wide enough to matter.
-
-    oneDNN's bfloat16 convolution works in NHWC and converts NCHW maps on the way in and out.
-    """
-    if device_type != "cpu":
-        return None
-    return torch.channels_last if dtype == torch.bfloat16 else torch.preserve_format
+def _convolve(feature: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own 3x3 convolution, in the layout and the dtype in which it is fast."""
+    memory_format = convolution.fastest_format("cpu", feature.dtype)
+    if memory_format != torch.preserve_format and convolution.is_large(feature):
+        feature = _in_layout(feature, memory_format)
+    dtype = convolution.arithmetic_dtype("cpu", feature.dtype)
+    if dtype == feature.dtype:
+        return F.conv2d(feature, weight, bias, padding=1)
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(feature.to(dtype), weight.to(dtype), bias, padding=1).to(feature.dtype)
 
 
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
 ) -> Tensor:
-    """PyTorch's own convolution, in the layout in which it is fast."""
+    """PyTorch's convolution, and a fast copy where the result is asked for in another layout."""
     out_format = requested_format(feature, memory_format)
-    return _in_layout(F.conv2d(feature, weight, bias, padding=1), out_format)
+    return _in_layout(_convolve(feature, weight, bias), out_format)
+
+
+def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
+    return convolution.fastest_format(device_type, dtype) if device_type == "cpu" else None
 
 
 @functools.cache
@@ -202,6 +209,6 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
         for run in (lateral_connection, merge_backward, weighted_merge, weighted_merge_backward, reorder)
     },
 }
-_IMPLEMENTATIONS["output_conv"] = Implementation(output_conv, _refusal_but_on_the_cpu, _convolution_format)
+_IMPLEMENTATIONS["output_conv"] = Implementation(output_conv, _refusal_but_on_the_cpu, _output_conv_format)
 
 BACKEND = Backend(name="native", unavailable=load_error, implementations=_IMPLEMENTATIONS)

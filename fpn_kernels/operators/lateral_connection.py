@@ -94,6 +94,25 @@ def feature_gradient(grad: Tensor, weight: Tensor, gain: float, memory_format: t
     return result
 
 
+def aligned(grad: Tensor, feature_format: torch.memory_format) -> Tensor:
+    """The gradient in the layout in which the two products with it are fastest.  Differentiable."""
+    if not _pays_to_align(grad, feature_format):
+        return grad
+    result: Tensor = torch.ops.fpn_kernels.reorder(grad, memory_format=feature_format)
+    return result
+
+
+def _pays_to_align(grad: Tensor, feature_format: torch.memory_format) -> bool:
+    """Whether both products are faster after a fast copy of grad into the feature's layout.
+
+    Measured on Zen 4 with 256 to 1,024 channels: in float32 they took 1.4 to 1.7 times as long from two layouts as from
+    one and the copy; in bfloat16 1.09 times for two images, but 0.95 for one, which is one matrix product either way.
+    """
+    if grad.device.type != "cpu" or result_format(grad) == feature_format:
+        return False
+    return grad.dtype != torch.bfloat16 or grad.shape[0] > 1
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     wants_feature, wants_weight, wants_bias, wants_top = ctx.needs_input_grad[:4]
     feature, weight = ctx.saved_tensors
@@ -105,6 +124,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **options)
     elif wants_bias:
         grad_bias = sum_per_channel(grad, ctx.gain)
+    if wants_feature or wants_weight:
+        grad = aligned(grad, ctx.feature_format)
     if wants_feature:
         grad_feature = feature_gradient(grad, weight, ctx.gain, ctx.feature_format)
     if wants_weight:

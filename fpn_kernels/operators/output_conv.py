@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import convolution, selection
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import registration
@@ -39,27 +39,44 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
     ctx.feature_format = result_format(feature)
 
 
-def _weight_gradient(grad: Tensor, feature: Tensor) -> Tensor:
+def _gradients(
+    grad: Tensor, feature: Tensor, weight: Tensor | None, wants_bias: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """ATen's gradients: of the feature where the weight is given, of the weight, and of the bias where wanted."""
+    dtype = convolution.arithmetic_dtype(grad.device.type, grad.dtype)
     # The values of the weight do not enter its own gradient; only its shape is read.
-    weight = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 3, 3)
-    result: Tensor = torch.ops.aten.convolution_backward(
-        grad, feature, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
-    )[1]
-    return result
+    values = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 3, 3) if weight is None else weight
+    gradients = torch.ops.aten.convolution_backward(
+        *(tensor.to(dtype) for tensor in (grad, feature, values)),
+        [grad.shape[1]],
+        *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        [weight is not None, True, wants_bias],
+    )
+    of_feature, of_weight, of_bias = (None if g is None else g.to(grad.dtype) for g in gradients)
+    assert of_weight is not None
+    return of_feature, of_weight, of_bias
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     wants_feature, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     feature, weight = ctx.saved_tensors
     grad_feature = grad_weight = grad_bias = None
-    if wants_bias:
-        grad_bias = sum_per_channel(grad, 1.0)
-    if wants_feature:
+    if wants_weight and grad.device.type == "cpu" and result_format(grad) != ctx.feature_format:
+        # One fast copy for both products: ATen's gradient of the weight from maps of two layouts took 1.1 to 1.2 times
+        # as long as from maps of one (Zen 4, 256 channels, bfloat16 and float32).
+        grad = torch.ops.fpn_kernels.reorder(grad, memory_format=ctx.feature_format)
+    by_adjoint = wants_feature and (not wants_weight or convolution.adjoint_is_faster(grad))
+    if by_adjoint:
         # The adjoint of a 3x3 convolution with padding 1 is the one with the weight turned about and transposed.
         adjoint = weight.flip(2, 3).transpose(0, 1)
         grad_feature = torch.ops.fpn_kernels.output_conv(grad, adjoint, None, memory_format=ctx.feature_format)
-    if wants_weight:
-        grad_weight = _weight_gradient(grad, feature)
+    if not wants_weight:
+        grad_bias = sum_per_channel(grad, 1.0) if wants_bias else None
+    elif wants_feature and not by_adjoint:
+        grad_feature, grad_weight, grad_bias = _gradients(grad, feature, weight, wants_bias)
+    else:
+        # The bias on the way: a sum of its own would read all of grad again.
+        _, grad_weight, grad_bias = _gradients(grad, feature, None, wants_bias)
     return grad_feature, grad_weight, grad_bias
 
 

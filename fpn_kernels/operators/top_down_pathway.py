@@ -17,7 +17,7 @@ from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import check_pathway
-from fpn_kernels.operators.lateral_connection import feature_gradient, weight_gradient
+from fpn_kernels.operators.lateral_connection import aligned, feature_gradient, weight_gradient
 
 
 def _by_level(biases: Sequence[Tensor], levels: Sequence[int], count: int) -> list[Tensor | None]:
@@ -125,6 +125,8 @@ def _backward(
                 carried, grad_biases[level] = _merge_gradient(ctx, grad, carried, level, wants_biases[level])
             elif wants_biases[level]:
                 grad_biases[level] = sum_per_channel(grad, gain)
+            if wants_features[level] or wants_weights[level]:
+                grad = aligned(grad, ctx.formats[level])
             if wants_features[level]:
                 grad_features[level] = feature_gradient(grad, weights[level], gain, ctx.formats[level])
             if wants_weights[level]:
