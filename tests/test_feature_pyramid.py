@@ -15,6 +15,7 @@ from targets import Target
 from torch import Tensor, nn
 from twins import CHANNELS, NAMES, SIZES, WIDTH, Twin, assert_same, group_norm, maps, pair, served
 
+from fpn_kernels.backends.selection import record_calls, use_backend
 from fpn_kernels.modules import (
     FeaturePyramidNetwork,
     FrozenBatchNorm2d,
@@ -98,8 +99,10 @@ def test_pyramid_on_every_backend(target: Target) -> None:
     exact = copy.deepcopy(twin).double()
     # Channels last: there eager takes the float32 source index in float64 too.
     wide = {name: m.double().contiguous(memory_format=torch.channels_last) for name, m in x.items()}
-    with torch.no_grad(), target.serves("lateral_connection"):
+    with torch.no_grad(), use_backend(target.backend), record_calls() as calls:
         actual = network(x)
+    assert calls.count(("lateral_connection", target.backend)) == 4
+    assert [operator for operator, _ in calls].count("output_conv") == 4
     with torch.no_grad():
         expected, truth = twin(x), exact(wide)
     for name in NAMES:
@@ -292,9 +295,9 @@ def test_compiles_without_a_graph_break_and_exports(norm_layer: Any) -> None:
     assert_same(compiled(y), twin(y))
     with torch.no_grad():
         program = torch.export.export(network, (x,))
-    operator = "upsample_add" if norm_layer is group_norm else "lateral_connection"
+    operator = "upsample_add" if norm_layer is group_norm else "top_down_pathway"
     called = [str(node.target) for node in program.graph.nodes if "fpn_kernels" in str(node.target)]
-    assert called.count(f"fpn_kernels.{operator}.default") == (3 if norm_layer is group_norm else 4)
+    assert called.count(f"fpn_kernels.{operator}.default") == (3 if norm_layer is group_norm else 1)
     assert_same(program.module()(x), twin(x))
 
 

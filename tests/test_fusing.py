@@ -11,7 +11,7 @@ import torch
 from oracle import error, rounding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from twins import NAMES, Twin, assert_same, group_norm, maps, pair, scramble, served
+from twins import NAMES, Twin, assert_same, convolved, group_norm, maps, pair, scramble, served
 
 from fpn_kernels.backends.selection import use_backend
 from fpn_kernels.modules import FeaturePyramidNetwork, FrozenBatchNorm2d
@@ -268,6 +268,7 @@ def test_replaced_convolutions_are_called(replace: Callable[[nn.Conv2d], nn.Modu
     x = maps()
     calls = served(lambda: assert_same(network(x), twin(x)))
     assert calls == (LEVEL_1_MERGED_APART if blocks == "inner_blocks" else ALL_FUSED)
+    assert convolved(lambda: network(x)) == (4 if blocks == "inner_blocks" else 3)
 
 
 @pytest.mark.parametrize(

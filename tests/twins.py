@@ -113,6 +113,14 @@ def assert_same(actual: OrderedDict[str, Tensor], expected: OrderedDict[str, Ten
 
 
 def served(call: Callable[[], Any]) -> list[str]:
+    """The operators of the pathway that a call runs through; `convolved` counts those of the outputs."""
     with record_calls() as calls:
         call()
-    return [operator for operator, _ in calls]
+    return [operator for operator, _ in calls if operator not in ("output_conv", "reorder")]
+
+
+def convolved(call: Callable[[], Any]) -> int:
+    """How many output convolutions a call hands to the library."""
+    with record_calls() as calls:
+        call()
+    return [operator for operator, _ in calls].count("output_conv")
