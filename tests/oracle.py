@@ -6,6 +6,8 @@ another one than for the dtype under test.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +62,18 @@ def lateral_connection(
     return result if top is None else upsample_add(top, result, mode, gain)
 
 
+def output_conv(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nine shifted products; pixels beyond the border are zeros."""
+    n, _, height, width = feature.shape
+    padded = torch.zeros(n, feature.shape[1], height + 2, width + 2, dtype=torch.float64)
+    padded[:, :, 1 : height + 1, 1 : width + 1] = feature.double().cpu()
+    result = torch.zeros(n, weight.shape[0], height, width, dtype=torch.float64)
+    for y, x in itertools.product(range(3), range(3)):
+        taps = weight[:, :, y, x].double().cpu()
+        result += torch.einsum("nkyx,ok->noyx", padded[:, :, y : y + height, x : x + width], taps)
+    return result if bias is None else result + bias.double().cpu().view(1, -1, 1, 1)
+
+
 def error(result: Tensor, exact: Tensor) -> float:
     """Relative error in the Euclidean norm; NaN and infinity count as failed."""
     exact = exact.detach()
@@ -72,3 +86,15 @@ def error(result: Tensor, exact: Tensor) -> float:
 def rounding(dtype: torch.dtype) -> float:
     """The unit roundoff: the relative error of rounding once."""
     return torch.finfo(dtype).eps / 2
+
+
+# Roundings that every implementation is due.  16-bit results round once.  In float32 the sum itself rounds, and its
+# order is the implementation's own: two orders differ by more than a tenth where both err by one or two roundings.  In
+# float64 the oracle has no more digits than the result, and its own error counts too.
+_DUE = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 16}
+
+
+def no_worse_than_eager(result: Tensor, eager: Tensor, exact: Tensor) -> bool:
+    """A convolution's error is never above 1.1 times eager's own in the same dtype, beyond the roundings due."""
+    due = _DUE[result.dtype] * rounding(result.dtype)
+    return error(result, exact) <= max(1.1 * error(eager, exact), due)
