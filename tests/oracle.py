@@ -113,3 +113,15 @@ def error(result: Tensor, exact: Tensor) -> float:
 def rounding(dtype: torch.dtype) -> float:
     """The unit roundoff: the relative error of rounding once."""
     return torch.finfo(dtype).eps / 2
+
+
+# Roundings that every implementation is due.  16-bit results round once.  In float32 the sum itself rounds, and its
+# order is the implementation's own: two orders differ by more than a tenth where both err by one or two roundings.  In
+# float64 the oracle has no more digits than the result, and its own error counts too.
+_DUE = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 16}
+
+
+def no_worse_than_eager(result: Tensor, eager: Tensor, exact: Tensor) -> bool:
+    """A convolution's error is never above 1.1 times eager's own in the same dtype, beyond the roundings due."""
+    due = _DUE[result.dtype] * rounding(result.dtype)
+    return error(result, exact) <= max(1.1 * error(eager, exact), due)

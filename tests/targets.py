@@ -55,8 +55,10 @@ class Target:
             pytest.skip(f"{self.backend} leaves {dtype} to eager")
 
     def implements(self, operator: str) -> bool:
-        """Whether the backend has this operator at all."""
-        return operator in {backend.name: backend for backend in selection.backends()}[self.backend].implementations
+        """Whether the backend has this operator, and not only for some calls where it is forced."""
+        backend = {backend.name: backend for backend in selection.backends()}[self.backend]
+        implementation = backend.implementations.get(operator)
+        return implementation is not None and implementation.only_forced is None
 
     def require_operator(self, operator: str) -> None:
         """Skips an operator that the backend does not have; eager, which serves it then, is a target of its own."""

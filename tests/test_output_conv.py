@@ -59,16 +59,6 @@ def _has_the_operator(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("target").require_operator("output_conv")
 
 
-# Roundings that every implementation is due, as in test_lateral_connection.py.
-_DUE = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 16}
-
-
-def _no_worse_than_eager(result: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Never above 1.1 times eager's own error in the same dtype, beyond the roundings that are due."""
-    ours, theirs, due = oracle.error(result, exact), oracle.error(eager, exact), oracle.rounding(result.dtype)
-    assert ours <= max(1.1 * theirs, _DUE[result.dtype] * due), (ours / due, theirs / due)
-
-
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("asked", FORMATS)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
@@ -83,7 +73,7 @@ def test_error_against_float64(
     with target.serves("output_conv"):
         result = fpn_kernels.output_conv(*arguments, memory_format=FORMATS[asked])
     assert result.dtype == dtype and result.shape == (case.batch, case.cout, *case.size)
-    _no_worse_than_eager(result, reference.output_conv(*arguments), oracle.output_conv(*arguments))
+    assert oracle.no_worse_than_eager(result, reference.output_conv(*arguments), oracle.output_conv(*arguments))
 
 
 @pytest.mark.parametrize("asked", FORMATS)
@@ -97,7 +87,7 @@ def test_any_strides_in_and_the_asked_layout_out(layout: str, dtype: torch.dtype
             result = fpn_kernels.output_conv(*inputs, memory_format=FORMATS[asked])
         is_nhwc = asked == "nhwc" or (asked == "preserve" and layout in ("nhwc", "sliced-nhwc"))
         assert result.is_contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
-        _no_worse_than_eager(result, reference.output_conv(*inputs), oracle.output_conv(*inputs))
+        assert oracle.no_worse_than_eager(result, reference.output_conv(*inputs), oracle.output_conv(*inputs))
         for tensor, was in zip(inputs, before, strict=True):
             assert torch.equal(tensor, was)
 
@@ -114,7 +104,7 @@ def test_strided_weights(weight_layout: str, target: Target) -> None:
         result = fpn_kernels.output_conv(feature, strided, bias)
     assert result.is_contiguous(), "the weight's layout is not the result's"
     eager = reference.output_conv(feature, strided.contiguous(), bias)
-    _no_worse_than_eager(result, eager, oracle.output_conv(feature, strided, bias))
+    assert oracle.no_worse_than_eager(result, eager, oracle.output_conv(feature, strided, bias))
 
 
 # --------------------------------------------------------------------------------------------------- gradients
@@ -149,7 +139,7 @@ def test_gradients(case: Case, dtype: torch.dtype, layouts: tuple[str, str], tar
     exact = torch.autograd.grad(oracle.output_conv(*exact_inputs), exact_inputs, grad.double().cpu())
     for ours, theirs, true in zip(gradients, eager, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == true.shape
-        _no_worse_than_eager(ours, theirs, true)
+        assert oracle.no_worse_than_eager(ours, theirs, true)
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=_id)
@@ -252,7 +242,7 @@ def test_autocast_runs_in_the_autocast_dtype(target: Target) -> None:
     with torch.autocast(target.device, dtype=torch.bfloat16), target.serves("output_conv"):
         result = fpn_kernels.output_conv(*inputs)
     halves = [tensor.detach().bfloat16() for tensor in inputs]
-    _no_worse_than_eager(result, reference.output_conv(*halves), oracle.output_conv(*halves))
+    assert oracle.no_worse_than_eager(result, reference.output_conv(*halves), oracle.output_conv(*halves))
     result.float().sum().backward()
     assert result.dtype == torch.bfloat16
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in inputs)
@@ -380,12 +370,12 @@ def test_float16_is_multiplied_in_float32_where_that_is_faster(layout: str, has_
     assert [dtype for dtype, _ in convolutions.calls] == [torch.float16 if has_float16 else torch.float32]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = oracle.output_conv(*exact_inputs)
-    _no_worse_than_eager(result, reference.output_conv(*inputs), exact)
+    assert oracle.no_worse_than_eager(result, reference.output_conv(*inputs), exact)
     grad = torch.randn_like(result)
     theirs = torch.autograd.grad(reference.output_conv(*inputs), inputs, grad)
     true = torch.autograd.grad(exact, exact_inputs, grad.double())
     for ours, eager, wanted in zip(torch.autograd.grad(result, inputs, grad), theirs, true, strict=True):
-        _no_worse_than_eager(ours, eager, wanted)
+        assert oracle.no_worse_than_eager(ours, eager, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -139,7 +139,7 @@ struct OutputConv {
   int64_t bias_stride;
   float* weight;            // room for it transformed: [panel][16][cin][panel_columns]
   float* bias;              // room for it: [panels * panel_columns]
-  int64_t cin, cout;
+  int64_t batch, cin, cout;
   int64_t tiles_down, tiles_across;  // of 2x2 results, in a map
   int64_t tiles;            // in all maps
   int64_t block;            // tiles in a block

@@ -12,10 +12,17 @@ namespace {
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+// Measured on Zen 4, one thread, against PyTorch's own in the same layout.  float32, 256 to 256 channels: 1.6 times as
+// fast on 7 x 10 pixels and above, 1.2 on 4 x 8, 0.9 on 4 x 4, where transforming the weight takes all the time, 0.9 on
+// a single row, where oneDNN skips the padding; 3 to 16 output channels leave half a panel empty (0.9), and 8 input
+// channels are the fewest with a gain in both layouts.  float16: oneDNN runs at a fifth of float32's rate and less.
+// bfloat16 gains nothing where the processor multiplies it: 220 against 225 GFLOP/s of the plain sum.
 bool faster(const OutputConv& call) {
-  if (call.dtype != Dtype::float32 && call.dtype != Dtype::float16) return false;
   if (!multiplies(call.dtype)) return false;
-  return call.cin > 0;
+  const int64_t height = call.feature.height, width = call.feature.width, pixels = call.batch * height * width;
+  if (call.dtype == Dtype::float16) return call.cin > 0 && pixels >= 8;
+  if (call.dtype != Dtype::float32) return false;
+  return call.cin >= 8 && call.cout > 16 && height > 1 && width > 1 && pixels >= 32;
 }
 
 // Tiles whose transformed input fills the second cache but for what passes through it, the same number of blocks for
@@ -36,13 +43,14 @@ bool output_conv(const Tensor& feature, const Tensor& weight, const std::optiona
   call.dtype = dtype_of(feature);
   call.feature = map_of(feature);
   call.out = result_of(out);
+  call.batch = feature.size(0);
   call.cin = feature.size(1);
   call.cout = weight.size(0);
   call.tiles_down = divide_up(call.feature.height, 2);
   call.tiles_across = divide_up(call.feature.width, 2);
-  call.tiles = feature.size(0) * call.tiles_down * call.tiles_across;
+  call.tiles = call.batch * call.tiles_down * call.tiles_across;
   if (!faster(call)) return false;
-  if (call.tiles == 0 || call.cout == 0) return true;
+  if (call.cout == 0) return true;
   call.weight_from = weight.const_data_ptr();
   for (int i = 0; i < 4; ++i) call.weight_strides[i] = weight.stride(i);
   if (bias.has_value()) {

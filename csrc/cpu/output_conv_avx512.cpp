@@ -81,7 +81,9 @@ void block(const OutputConv& call, int64_t first, int64_t count, std::byte* scra
     (call.channels_last ? output_channels_last<T> : output_pixels<T>)(call, first, count, column, sums, failed);
   }
   if (std::memchr(failed, 1, static_cast<size_t>(count)) != nullptr) {
-    recompute<T>(call, first, count, failed, sums.data, reinterpret_cast<Pixel*>(scratch + at.lists));
+    // The panel's sums are done with: their room is large enough.
+    double* room = reinterpret_cast<double*>(sums.data);
+    recompute<T>(call, first, count, failed, room, reinterpret_cast<Pixel*>(scratch + at.lists));
   }
 }
 

@@ -1,7 +1,7 @@
 // The plain sum over 3x3 pixels, for tiles where a result is infinite or NaN.  There the transforms may differ from it:
 // the difference of two infinite pixels is NaN, that of two large ones may overflow.
 //
-// A map of nothing but NaN takes about three times as long as by PyTorch's own; finite maps never come here.
+// A map of nothing but NaN takes four times as long as by PyTorch's own (Zen 4); finite maps never come here.
 #pragma once
 
 #include "output_conv_block.h"
@@ -30,38 +30,48 @@ inline int64_t list_failed(
   return number;
 }
 
-// Computes them again.  `sums` has room for sixteen floats a pixel, `list` for every pixel.
+// Computes them again.  `sums` has room for sixteen doubles a pixel, `list` for every pixel.  In float64, so that a
+// result is infinite where the sum is too large for float32, and not where one of its terms or partial sums is.  The
+// padding is multiplied as zeros, which an infinite weight shows; oneDNN does so too.
 template <class T>
 void recompute(
-    const OutputConv& call, int64_t first, int64_t count, const unsigned char* failed, float* sums, Pixel* list) {
+    const OutputConv& call, int64_t first, int64_t count, const unsigned char* failed, double* sums, Pixel* list) {
   const Map& map = call.feature;
   const int64_t number = list_failed(call, first, count, failed, list);
   for (int64_t row = 0; row < call.cout; row += 16) {
-    const __m512 bias = _mm512_loadu_ps(call.bias + row);
-    for (int64_t p = 0; p < number; ++p) _mm512_storeu_ps(sums + 16 * p, _mm512_setzero_ps());
+    for (int64_t i = 0; i < 16 * number; ++i) sums[i] = 0;
     for (int64_t c = 0; c < call.cin; ++c) {
-      alignas(64) float weights[16 * taps];
-      gather_taps<T>(call, row, c, weights);
+      alignas(64) float weights[taps][16];
+      gather_taps<T>(call, row, c, weights[0]);
+      __m512d wide[taps][2];
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        wide[tap][0] = load_wide(weights[tap]).v;
+        wide[tap][1] = load_wide(weights[tap] + 8).v;
+      }
+      const T* channel = static_cast<const T*>(map.data) + c * map.stride_c;
       for (int64_t p = 0; p < number; ++p) {
-        const Pixel& at = list[p];
-        const T* centre = static_cast<const T*>(map.data) + at.n * map.stride_n + c * map.stride_c +
-            at.y * map.stride_y + at.x * map.stride_x;
-        __m512 sum = _mm512_loadu_ps(sums + 16 * p);
-        for (int i = -1; i <= 1; ++i) {
-          for (int j = -1; j <= 1; ++j) {
-            if (at.y + i < 0 || at.y + i >= map.height || at.x + j < 0 || at.x + j >= map.width) continue;
-            const __m512 pixel = _mm512_set1_ps(single(centre[i * map.stride_y + j * map.stride_x]));
-            sum = _mm512_fmadd_ps(pixel, _mm512_load_ps(weights + 16 * (3 * (i + 1) + j + 1)), sum);
-          }
+        const T* image = channel + list[p].n * map.stride_n;
+        __m512d low = _mm512_loadu_pd(sums + 16 * p), high = _mm512_loadu_pd(sums + 16 * p + 8);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t y = list[p].y + tap / 3 - 1, x = list[p].x + tap % 3 - 1;
+          const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
+          const float pixel = inside ? single(image[y * map.stride_y + x * map.stride_x]) : 0.0f;
+          low = _mm512_fmadd_pd(_mm512_set1_pd(pixel), wide[tap][0], low);
+          high = _mm512_fmadd_pd(_mm512_set1_pd(pixel), wide[tap][1], high);
         }
-        _mm512_storeu_ps(sums + 16 * p, sum);
+        _mm512_storeu_pd(sums + 16 * p, low);
+        _mm512_storeu_pd(sums + 16 * p + 8, high);
       }
     }
     for (int64_t p = 0; p < number; ++p) {
       T* to = static_cast<T*>(call.out.data) + list[p].n * call.out.stride_n + row * call.out.stride_c +
           list[p].y * call.out.stride_y + list[p].x * call.out.stride_x;
+      float results[16];
+      for (int i = 0; i < 16; i += 8) {
+        store(results + i, Doubles{_mm512_loadu_pd(sums + 16 * p + i)} + load_wide(call.bias + row + i));
+      }
       T rounded[16];
-      store(rounded, Floats{_mm512_add_ps(_mm512_loadu_ps(sums + 16 * p), bias)});
+      store(rounded, load(results));
       for (int64_t i = 0; i < 16 && row + i < call.cout; ++i) to[i * call.out.stride_c] = rounded[i];
     }
   }
