@@ -165,11 +165,11 @@ def prepared(case: Case, provider: providers.Provider, work: Workload) -> Iterat
         contender = work.fused if provider.fused else work.eager
         run, eager = provider.wrap(contender.call), work.eager.call
         with record_calls() as calls:
-            expected = _checked(provider, run, eager, work.inputs, exact=work.exact and provider.fused)
+            expected = _checked(provider, run, eager, work, exact=work.exact and provider.fused)
             if training:
                 grads = _cotangents(expected)
                 run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
-                _checked(provider, run, eager, work.inputs, exact=False)
+                _checked(provider, run, eager, work, exact=False)
         del expected
         yield Prepared(run, eager, _served_by(calls))
 
@@ -178,16 +178,16 @@ def _checked(
     provider: providers.Provider,
     run: Callable[..., Any],
     eager: Callable[..., Any],
-    inputs: tuple[Tensor, ...],
+    work: Workload,
     exact: bool,
 ) -> list[Tensor]:
     """Eager's results, once the provider has been seen to give the same.
 
     The provider's first call is here: it compiles, and finds out whether a forced backend serves this case.
     """
-    expected = tensors(eager(*inputs))
+    expected = tensors(eager(*work.inputs))
     try:
-        actual = tensors(run(*inputs))
+        actual = tensors(run(*work.inputs))
     except BackendUnavailableError as error:
         if provider.backend is None:
             raise
@@ -196,12 +196,16 @@ def _checked(
         if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise providers.compilation_failed(error) from error
         raise
-    check(actual, expected, exact=exact)
+    check(actual, expected, exact=exact, depth=work.depth)
     return expected
 
 
-def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool) -> None:
-    """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype."""
+def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool, depth: int = 1) -> None:
+    """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype.
+
+    The tolerance holds for each of `depth` merges in a row: at worst, what they round differently adds up. Four in
+    bfloat16 (C5 to C2 of 800 x 1280) were seen to differ by 1 % of the largest value, where one may by 0.8 %.
+    """
     if len(actual) != len(expected):
         raise WrongResultError(f"{len(actual)} results where eager gives {len(expected)}")
     for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
@@ -216,6 +220,8 @@ def check(actual: list[Tensor], expected: list[Tensor], *, exact: bool) -> None:
         tolerance = TOLERANCE[want.dtype]
         if want.is_cuda and want.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
             tolerance = _TF32
+        got, want = got.detach(), want.detach()
+        tolerance *= depth
         error, largest = float((got.double() - want.double()).abs().max()), float(want.abs().max())
         if not error <= tolerance * largest:  # not "error > ...", which a NaN would pass
             raise WrongResultError(

@@ -31,6 +31,7 @@ class Workload:
         eager, fused: the baseline and the library's call.
         cost: minimal bytes and operations, forward or forward and backward as the case says.
         exact: whether the library promises eager's own bits in the forward.
+        depth: how many merges follow one another; what one rounds differently, the next carries on.
     """
 
     inputs: tuple[Tensor, ...]
@@ -38,6 +39,7 @@ class Workload:
     fused: Contender
     cost: Cost
     exact: bool = False
+    depth: int = 1
 
 
 def dtype_of(case: Case) -> torch.dtype:
