@@ -36,6 +36,7 @@ def workload(case: Case, device: torch.device) -> Workload:
         eager=_contender(place(eager, case, device)),
         fused=_contender(place(fused, case, device)),
         cost=cost([feature.shape for feature in features], image.out_channels, make.dtype, pool=False),
+        depth=len(features),
     )
 
 

@@ -166,12 +166,12 @@ def prepared(case: Case, provider: providers.Provider, work: Workload) -> Iterat
         run, eager = provider.wrap(contender.call), work.eager.call
         twin = work.wide if work.wide and provider.fused else work.eager
         with record_calls() as calls:
-            expected = _checked(provider, run, twin.call, work.inputs, exact=work.exact and provider.fused)
+            expected = _checked(provider, run, twin.call, work, exact=work.exact and provider.fused)
             if training:
                 grads = _cotangents(expected)
                 run, eager = training_step(contender, run, grads), training_step(work.eager, eager, grads)
                 step = training_step(twin, twin.call, grads)
-                _checked(provider, run, step, work.inputs, exact=False, sizes=work.differences)
+                _checked(provider, run, step, work, exact=False, sizes=work.differences)
         del expected
         yield Prepared(run, eager, _served_by(calls))
 
@@ -180,7 +180,7 @@ def _checked(
     provider: providers.Provider,
     run: Callable[..., Any],
     eager: Callable[..., Any],
-    inputs: tuple[Tensor, ...],
+    work: Workload,
     exact: bool,
     sizes: Mapping[int, float] | None = None,
 ) -> list[Tensor]:
@@ -188,9 +188,9 @@ def _checked(
 
     The provider's first call is here: it compiles, and finds out whether a forced backend serves this case.
     """
-    expected = tensors(eager(*inputs))
+    expected = tensors(eager(*work.inputs))
     try:
-        actual = tensors(run(*inputs))
+        actual = tensors(run(*work.inputs))
     except BackendUnavailableError as error:
         if provider.backend is None:
             raise
@@ -199,16 +199,23 @@ def _checked(
         if provider.compile_mode and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise providers.compilation_failed(error) from error
         raise
-    check(actual, expected, exact=exact, sizes=sizes)
+    check(actual, expected, exact=exact, sizes=sizes, depth=work.depth)
     return expected
 
 
 def check(
-    actual: list[Tensor], expected: list[Tensor], *, exact: bool, sizes: Mapping[int, float] | None = None
+    actual: list[Tensor],
+    expected: list[Tensor],
+    *,
+    exact: bool,
+    sizes: Mapping[int, float] | None = None,
+    depth: int = 1,
 ) -> None:
     """Raises `WrongResultError` unless every tensor is eager's, to the bit or within the tolerance of its dtype.
 
     The tolerance is a share of eager's largest value, or of the size that `sizes` has for a result, if that is larger.
+    It holds for each of `depth` merges in a row: at worst, what they round differently adds up. Four in bfloat16 (C5 to
+    C2 of 800 x 1280) were seen to differ by 1 % of the largest value, where one may by 0.8 %.
     """
     if len(actual) != len(expected):
         raise WrongResultError(f"{len(actual)} results where eager gives {len(expected)}")
@@ -224,6 +231,8 @@ def check(
         tolerance = TOLERANCE[want.dtype]
         if want.is_cuda and want.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
             tolerance = _TF32
+        got, want = got.detach(), want.detach()
+        tolerance *= depth
         error, largest = float((got.double() - want.double()).abs().max()), float(want.abs().max())
         largest = max(largest, (sizes or {}).get(index, 0.0))
         if not error <= tolerance * largest:  # not "error > ...", which a NaN would pass

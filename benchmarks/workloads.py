@@ -35,6 +35,7 @@ class Workload:
             the tolerance: the library is then compared with this one.
         differences: place of an input to the size of the sums that its gradient is a difference of.  Where these
             cancel, an error is still judged by them.
+        depth: how many merges follow one another; what one rounds differently, the next carries on.
     """
 
     inputs: tuple[Tensor, ...]
@@ -44,6 +45,7 @@ class Workload:
     exact: bool = False
     wide: Contender | None = None
     differences: Mapping[int, float] = field(default_factory=dict)
+    depth: int = 1
 
 
 def dtype_of(case: Case) -> torch.dtype:

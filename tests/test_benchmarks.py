@@ -56,6 +56,9 @@ def test_check_lets_rounding_pass_and_nothing_else() -> None:
         check([near], [want], exact=True)
     with pytest.raises(WrongResultError, match="is off by"):
         check([want * 1.05], [want], exact=False)
+    check([want * 1.02], [want], exact=False, depth=4)  # four merges in a row
+    with pytest.raises(WrongResultError, match="allowed is 0.031 of it"):
+        check([want * 1.05], [want], exact=False, depth=4)
     with pytest.raises(WrongResultError, match="is off by nan"):
         check([want * float("nan")], [want], exact=False)
     # A difference of two sums of a hundred each, which cancel.

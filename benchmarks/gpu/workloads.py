@@ -58,6 +58,7 @@ def _top_down_pathway(case: Case, device: torch.device) -> Workload:
         eager=of(reference.top_down_pathway),
         fused=of(fpn_kernels.top_down_pathway),
         cost=roofline.top_down_pathway([feature.shape for feature in features], image.out_channels, make.dtype),
+        depth=count,
     )
 
 
