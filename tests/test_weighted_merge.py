@@ -132,6 +132,17 @@ def test_what_is_not_finite_goes_through(layout: str, dtype: torch.dtype, target
         torch.testing.assert_close(result.double().cpu(), exact.to(dtype).double(), rtol=0.01, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_map_of_the_same_size_is_not_resized(layout: str, mode: str, target: Target) -> None:
+    """An infinite pixel does not reach its neighbours, not even times a bilinear weight of 0."""
+    first, second = maps("two of one size", UNEVEN, torch.float32, target.device, (layout,) * 2)
+    second[0, 1, 3, 2] = float("inf")
+    with target.serves("weighted_merge"):
+        result = fpn_kernels.weighted_merge([first, second], fusion_weights(2, target.device), mode=mode)
+    assert result.isinf().sum() == 1 and not result.isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_weight_above_zero(dtype: torch.dtype, target: Target) -> None:
     """The paper's formula: 0 over eps; and 0 over 0 where there is no eps."""

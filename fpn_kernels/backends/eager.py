@@ -166,7 +166,8 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """``factor * grad``, rounded once.  Differentiable.
 
-    A product of the two as they are would round the factor of 16-bit maps to 16 bits first.
+    The factor of 16-bit maps is float32.  In a product of the two as they are, it is only a scalar on the CPU that
+    PyTorch is known not to round to 16 bits first.
     """
     return (grad.to(factor.dtype) * factor).to(grad.dtype)
 
