@@ -354,9 +354,14 @@ def test_large_bfloat16_maps_are_multiplied_in_nhwc(
 
 @pytest.fixture(params=[False, True], ids=["without float16", "with float16"])
 def has_float16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """A CPU with instructions for float16 products and one without, as far as the choice goes."""
+    """A CPU with instructions for float16 products and one without, as far as the choice goes.
+
+    Neither has AVX-512, where the library's own convolution would be asked first.
+    """
     monkeypatch.setattr(convolution, "_multiplies_float16", lambda: request.param)
+    torch.ops.fpn_kernels_native.limit_level(0)
     yield request.param
+    torch.ops.fpn_kernels_native.limit_level(2)
 
 
 @compiled
