@@ -201,7 +201,7 @@ def test_the_callers_allocator_is_put_back() -> None:
 
 
 def test_the_tile_follows_the_maps() -> None:
-    large, medium, small = (output_conv.TABLE["half", size] for size in output_conv.SIZES)
+    large, medium, small = (output_conv.TABLE["half", size] for size in ("large", "medium", "small"))
     pyramid = [(200, 320), (100, 160), (50, 80), (25, 40)]
 
     def choose(sizes: list[tuple[int, int]], out_channels: int = 256, in_boxes: bool = True, batch: int = 1) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,27 @@ class BoxConfig:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}x{self.channels}x{self.depth}"
+
+
+# The most channels of a tile that is written element by element, each by an address of its own: more of them spill
+# (compiled for sm_100 with gathered coarse pixels at 256 channels: 171 instructions to and from local memory).
+MOST_SCATTERED = 128
+
+
+def fitting(
+    table: Mapping[tuple[str, str], BoxConfig], arithmetic: str, out_channels: int, in_boxes: bool
+) -> list[BoxConfig]:
+    """A table's tiles that fit a call, largest first; `in_boxes` says that results are written through descriptors."""
+    configs = [config for (kind, _), config in table.items() if kind == arithmetic]
+    fit = [c for c in configs if out_channels > c.channels // 2 and (in_boxes or c.channels <= MOST_SCATTERED)]
+    return fit or configs[-1:]
+
+
+def filling(
+    fit: Sequence[BoxConfig], batch: int, out_channels: int, sizes: Sequence[tuple[int, int]], processors: int
+) -> BoxConfig:
+    """The largest of the tiles that fit of which there are as many as multiprocessors, or the smallest."""
+    return next((config for config in fit if config.tiles(batch, out_channels, sizes) >= processors), fit[-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,10 +122,10 @@ def _measured(
         candidates = [TABLE[arithmetic, size] for size in ("large", "small")]
     default: ProductConfig | BoxConfig = chosen
     if eligibility.lateral_connection_descriptors(feature, weight) is None:
-        boxes = lateral_connection_descriptors.candidates(arithmetic, feature, top, out)
+        boxes = lateral_connection_descriptors.candidates(arithmetic, out)
         candidates += boxes
         if arithmetic in DESCRIPTORS:
-            default = lateral_connection_descriptors.choose(arithmetic, feature, top, out)
+            default = lateral_connection_descriptors.choose(arithmetic, out)
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
     doubled = top is not None and tuple(out.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
     return autotune.fastest(

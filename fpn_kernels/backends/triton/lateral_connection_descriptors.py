@@ -17,17 +17,20 @@ from torch import Tensor
 from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import Variant
 from fpn_kernels.backends.triton.descriptor_convolution import (
+    MOST_SCATTERED,
     BoxConfig,
     Level,
     boxed,
     convolve_variant,
+    filling,
+    fitting,
     matrices,
-    top_reading,
 )
 from fpn_kernels.backends.triton.descriptor_convolution import launch as launch_levels
 
 # (arithmetic, size of the tile) -> tile.  The large one has all 256 channels of the paper's maps, so that a feature is
-# read once; in two parts its epilogue leaves room for the coarse box (compiled for sm_90: 188,456 bytes).
+# read once.  Its epilogue takes them in two parts: in one, coarse pixels hardly fit (compiled for sm_90: with a box
+# 229,416 bytes of shared memory, in two parts 188,456; gathered 238 registers, in two parts 196).
 TABLE = {
     ("half", "large"): BoxConfig(8, 16, 256, 64, 8, 3, parts=2),
     ("half", "medium"): BoxConfig(8, 16, 128, 64, 8, 3),
@@ -38,28 +41,16 @@ TABLE = {
     ("ieee", "small"): BoxConfig(4, 8, 32, 16, 4, 3, resident=4),
 }
 
-# The most channels of a tile whose elements, coarse ones or results, have an address each.
-_MOST_SCATTERED = 128
 
-
-def candidates(arithmetic: str, feature: Tensor, top: Tensor | None, out: Tensor) -> list[BoxConfig]:
+def candidates(arithmetic: str, out: Tensor) -> list[BoxConfig]:
     """The tiles that fit a call, largest first."""
-    configs = [config for (kind, _), config in TABLE.items() if kind == arithmetic]
-
-    def fits(config: BoxConfig) -> bool:
-        scattered = not boxed([out]) or top_reading(feature, top, config) == "gather"
-        return out.shape[1] > config.channels // 2 and not (scattered and config.channels > _MOST_SCATTERED)
-
-    return [config for config in configs if fits(config)] or configs[-1:]
+    return fitting(TABLE, arithmetic, out.shape[1], boxed([out]))
 
 
-def choose(arithmetic: str, feature: Tensor, top: Tensor | None, out: Tensor) -> BoxConfig:
+def choose(arithmetic: str, out: Tensor) -> BoxConfig:
     """The largest tile of which there are as many as multiprocessors."""
     sizes = [(out.shape[2], out.shape[3])]
-    fitting = candidates(arithmetic, feature, top, out)
-    processors = geometry.processors(feature)
-    filling = [c for c in fitting if c.tiles(out.shape[0], out.shape[1], sizes) >= processors]
-    return filling[0] if filling else fitting[-1]
+    return filling(candidates(arithmetic, out), out.shape[0], out.shape[1], sizes, geometry.processors(out))
 
 
 def launch(
@@ -84,15 +75,16 @@ def variants() -> Iterator[Variant]:
         element_size = 2 if arithmetic == "half" else 4
         for layout, axis in (("nhwc", "channels"), ("nchw", "pixels")):
             name = f"lateral_connection_descriptors-{layout}"
-            tops = ["gather"] if config.channels <= _MOST_SCATTERED else []
             # What `top_reading` says of a narrow box.
-            if axis == "channels" or config.columns // 2 * element_size >= 16:
-                tops.append(axis)
-            for top in tops:
-                reading = "gather" if top == "gather" else "box"
+            wide = axis == "channels" or config.columns // 2 * element_size >= 16
+            for reading, top in (("box", axis), ("gather", "gather")) if wide else (("gather", "gather"),):
                 yield convolve_variant(
                     *(config, f"{name}-{reading}"), arithmetic=arithmetic, taps=1, feature=axis, top=top, out=axis
                 )
-        yield convolve_variant(
-            *(config, "lateral_connection_descriptors-nchw-to-nhwc"), arithmetic=arithmetic, taps=1, feature="pixels"
-        )
+        name = "lateral_connection_descriptors-nchw-to-nhwc"
+        yield convolve_variant(config, name, arithmetic=arithmetic, taps=1, feature="pixels")
+        if config.channels <= MOST_SCATTERED:
+            name = "lateral_connection_descriptors-nhwc-to-nchw-scattered"
+            yield convolve_variant(
+                *(config, name), arithmetic=arithmetic, taps=1, top="gather", out="pixels", boxed=False
+            )

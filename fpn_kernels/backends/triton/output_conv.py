@@ -18,10 +18,13 @@ from fpn_kernels.backends.layouts import allocate, requested_format
 from fpn_kernels.backends.triton import autotune, geometry
 from fpn_kernels.backends.triton.compiled import Variant
 from fpn_kernels.backends.triton.descriptor_convolution import (
+    MOST_SCATTERED,
     BoxConfig,
     Level,
     boxed,
     convolve_variant,
+    filling,
+    fitting,
     launch,
     matrices,
     pack_variant,
@@ -39,20 +42,9 @@ TABLE = {
     ("ieee", "large"): BoxConfig(4, 16, 64, 16, 4, 3, resident=2),
     ("ieee", "small"): BoxConfig(4, 8, 32, 16, 4, 3, resident=4),
 }
-SIZES = ("large", "medium", "small")
 
 # P2 to P5: the count of levels that is compiled ahead of time.
 LEVELS_COMPILED = 4
-
-# The most channels of a tile that is not written in boxes: each element then has an address of its own.
-_MOST_SCATTERED = 128
-
-
-def candidates(arithmetic: str, out_channels: int, in_boxes: bool) -> list[BoxConfig]:
-    """The tiles that fit a call, largest first; `in_boxes` says that the results are written through descriptors."""
-    configs = [TABLE[arithmetic, size] for size in SIZES if (arithmetic, size) in TABLE]
-    fitting = [c for c in configs if out_channels > c.channels // 2 and (in_boxes or c.channels <= _MOST_SCATTERED)]
-    return fitting or configs[-1:]
 
 
 def choose(
@@ -64,9 +56,7 @@ def choose(
     in_boxes: bool,
 ) -> BoxConfig:
     """The largest tile of which there are as many as multiprocessors, turned where fewer then cover the maps."""
-    fitting = candidates(arithmetic, out_channels, in_boxes)
-    filling = [config for config in fitting if config.tiles(batch, out_channels, sizes) >= processors]
-    config = filling[0] if filling else fitting[-1]
+    config = filling(fitting(TABLE, arithmetic, out_channels, in_boxes), batch, out_channels, sizes, processors)
     return min(config, config.turned, key=lambda tile: tile.tiles(batch, out_channels, sizes))
 
 
@@ -98,7 +88,7 @@ def output_conv_levels(
         "output_conv",
         (arithmetic, result_axis(outs), boxed(outs), len(features), *weights[0].shape, *_size_classes(batch, sizes)),
         features[0],
-        [tile for c in candidates(arithmetic, out_channels, boxed(outs)) for tile in dict.fromkeys((c, c.turned))],
+        [tile for c in fitting(TABLE, arithmetic, out_channels, boxed(outs)) for tile in dict.fromkeys((c, c.turned))],
         config,
         lambda candidate: convolve(candidate, [torch.empty_like(out) for out in outs]),
     )
@@ -124,7 +114,7 @@ def variants() -> Iterator[Variant]:
             if arithmetic == "ieee" and tile != config:
                 continue
             yield convolve_variant(tile, f"output_conv-{layout}", arithmetic=arithmetic, taps=9, out=out)
-            if config.channels <= _MOST_SCATTERED and tile == config:
+            if config.channels <= MOST_SCATTERED and tile == config:
                 name = f"output_conv-{layout}-scattered"
                 yield convolve_variant(tile, name, arithmetic=arithmetic, taps=9, out=out, boxed=False)
         if arithmetic != "ieee" or size == "large":
