@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.pathway import GAINS, merge_levels, output_map
+from fpn_kernels.modules.pathway import GAINS, pyramid
 
 
 class Detectron2Forward(FusedForward):
@@ -30,17 +30,14 @@ class Detectron2Forward(FusedForward):
 
     def forward(self, x: Any) -> dict[str, Tensor]:
         bottom_up = self.bottom_up(x)
-        merged = merge_levels(
+        _, results = pyramid(
             [bottom_up[name] for name in self.in_features],
             list(self.lateral_convs)[::-1],
+            list(self.output_convs)[::-1],
             gain=GAINS[self._fuse_type],
             scale_factor=2,
             find_parameters=block_parameters,
         )
-        results = [
-            output_map(block, level, find_parameters=block_parameters)
-            for block, level in zip(list(self.output_convs)[::-1], merged, strict=True)
-        ]
         if self.top_block is not None:
             name: Any = self.top_block.in_feature
             source = bottom_up[name] if name in bottom_up else results[self._out_features.index(name)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.pathway import merge_levels, output_map
+from fpn_kernels.modules.pathway import in_layout_of, pyramid
 
 _SOURCES = ("on_input", "on_lateral", "on_output")
 
@@ -34,29 +34,26 @@ class MMDetectionForward(FusedForward):
             return super().forward(inputs)  # type: ignore[misc]
         resize = _resize(self)
         levels = len(self.lateral_convs)
-        merged = merge_levels(
-            inputs[self.start_level : self.start_level + levels],
+        features = inputs[self.start_level : self.start_level + levels]
+        merged, outputs = pyramid(
+            features,
             list(self.lateral_convs),
+            list(self.fpn_convs)[:levels],
             mode=resize.get("mode", "nearest"),
             scale_factor=None if "scale_factor" not in resize else int(resize["scale_factor"]),
             find_parameters=block_parameters,
         )
-        outputs = [
-            output_map(block, level, find_parameters=block_parameters)
-            for block, level in zip(self.fpn_convs, merged, strict=False)
-        ]
         extra = self.num_outs - levels
         if not self.add_extra_convs:
             for _ in range(extra):
                 outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
             return tuple(outputs)
         source = _source(self)
+        last = in_layout_of(features[-1], merged[-1])
         for level in range(levels, levels + extra):
             if level > levels:
                 source = "on_output"
-            chosen = {"on_input": inputs[self.backbone_end_level - 1], "on_lateral": merged[-1]}.get(
-                source, outputs[-1]
-            )
+            chosen = {"on_input": inputs[self.backbone_end_level - 1], "on_lateral": last}.get(source, outputs[-1])
             relu = self.relu_before_extra_convs and level > levels
             outputs.append(self.fpn_convs[level](F.relu(chosen) if relu else chosen))
         return tuple(outputs)

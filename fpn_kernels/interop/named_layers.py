@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.pathway import merge_levels, output_map
+from fpn_kernels.modules.pathway import in_layout_of, pyramid
 
 _STAGES = 4
 
@@ -34,13 +34,11 @@ class _NamedLayersForward(FusedForward):
             x = getattr(self, f"layer{stage}")(x)
             features.append(x)
         laterals = [getattr(self, f"latlayer{index}") for index in reversed(range(1, _STAGES))]
-        merged = merge_levels(features, [*laterals, self.toplayer], mode=self._mode, find_parameters=block_parameters)
         smooth = [getattr(self, f"smooth{index}") for index in reversed(range(1, _STAGES))]
-        outputs = [
-            output_map(block, level, find_parameters=block_parameters)
-            for block, level in zip(smooth, merged, strict=False)
-        ]
-        return (*outputs, merged[-1])
+        merged, outputs = pyramid(
+            features, [*laterals, self.toplayer], smooth, mode=self._mode, find_parameters=block_parameters
+        )
+        return (*outputs, in_layout_of(features[-1], merged[-1]))
 
 
 class BilinearNamedLayersForward(_NamedLayersForward):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.pathway import merge_levels, output_map
+from fpn_kernels.modules.pathway import pyramid
 
 
 class TorchvisionForward(FusedForward):
@@ -26,11 +26,9 @@ class TorchvisionForward(FusedForward):
         names, features = list(x.keys()), list(x.values())
         if len(features) != len(self.inner_blocks):
             return super().forward(x)  # type: ignore[misc]
-        merged = merge_levels(features, list(self.inner_blocks), find_parameters=block_parameters)
-        results = [
-            output_map(block, level, find_parameters=block_parameters)
-            for block, level in zip(self.layer_blocks, merged, strict=True)
-        ]
+        _, results = pyramid(
+            features, list(self.inner_blocks), list(self.layer_blocks), find_parameters=block_parameters
+        )
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
         return OrderedDict(zip(names, results, strict=False))

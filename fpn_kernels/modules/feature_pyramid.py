@@ -6,18 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fpn_kernels import functional
-from fpn_kernels.backends.layouts import result_format
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock
-from fpn_kernels.modules.fusing import fused_parameters
+from fpn_kernels.modules.pathway import GAINS, pyramid
 from fpn_kernels.resampling import MODES
-
-_GAINS = {"sum": 1.0, "avg": 0.5}
-
-_Parameters = tuple[Tensor, Tensor | None]
 
 
 class FeaturePyramidNetwork(nn.Module):
@@ -105,19 +98,8 @@ class FeaturePyramidNetwork(nn.Module):
                 level.
         """
         names, features = self._check_features(x)
-        outputs = [fused_parameters(block, 3) for block in self.layer_blocks]
-        inner_format = _inner_format(features[0], outputs)
-        merged = self._merge(features, inner_format)
-        results = []
-        for block, parameters, level, feature in zip(self.layer_blocks, outputs, merged, features, strict=True):
-            if parameters is not None:
-                result = functional.output_conv(level, *parameters, memory_format=result_format(feature))
-            elif inner_format == torch.preserve_format:
-                result = block(level)
-            else:
-                # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
-                result = block(functional.reorder(level, result_format(feature)))
-            results.append(result)
+        inner, outer = list(self.inner_blocks), list(self.layer_blocks)
+        _, results = pyramid(features, inner, outer, mode=self.mode, gain=GAINS[self.fuse_type])
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
             if len(results) != len(names):
@@ -128,38 +110,6 @@ class FeaturePyramidNetwork(nn.Module):
         if isinstance(x, Mapping):
             return OrderedDict(zip(names, results, strict=True))
         return tuple(results)
-
-    def _merge(self, features: list[Tensor], memory_format: torch.memory_format) -> Sequence[Tensor]:
-        gain = _GAINS[self.fuse_type]
-        laterals = [fused_parameters(block, 1) for block in self.inner_blocks]
-        fused = [lateral for lateral in laterals if lateral is not None]
-        if len(fused) == len(laterals):
-            weights, biases = zip(*fused, strict=True)
-            return functional.top_down_pathway(
-                features, weights, biases, mode=self.mode, gain=gain, memory_format=memory_format
-            )
-        merged: list[Tensor] = []
-        for level in reversed(range(len(features))):
-            top = merged[-1] if merged else None
-            merged.append(self._merge_level(level, features[level], laterals[level], top, gain))
-        return merged[::-1]
-
-    def _merge_level(
-        self, level: int, feature: Tensor, parameters: _Parameters | None, top: Tensor | None, gain: float
-    ) -> Tensor:
-        cast = torch.is_autocast_enabled(feature.device.type)
-        if parameters is not None and (top is None or cast or top.dtype == feature.dtype):
-            return functional.lateral_connection(feature, *parameters, top, mode=self.mode, gain=gain)
-        if parameters is not None:
-            lateral = functional.lateral_connection(feature, *parameters)
-        else:
-            lateral = self.inner_blocks[level](feature)
-        if top is None:
-            return lateral
-        # A norm may return another dtype than the level above has (GroupNorm under autocast: float32); the
-        # sum of two dtypes is eager PyTorch's.
-        dtype = torch.promote_types(lateral.dtype, top.dtype)
-        return functional.upsample_add(top.to(dtype), lateral.to(dtype), mode=self.mode, gain=gain)
 
     def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
         """``inner_blocks[idx](x)``: one level's lateral map, before the merge (torchvision's method)."""
@@ -225,13 +175,6 @@ class FeaturePyramidNetwork(nn.Module):
             )
 
 
-def _inner_format(feature: Tensor, outputs: list[_Parameters | None]) -> torch.memory_format:
-    """The layout of the merged maps: the one that suits the output convolutions, where there are any."""
-    if all(parameters is None for parameters in outputs):
-        return torch.preserve_format
-    return functional.output_conv_format(feature)
-
-
 def _convolution(
     in_channels: int, out_channels: int, kernel_size: int, norm_layer: Callable[..., nn.Module] | None
 ) -> nn.Sequential:
@@ -280,7 +223,7 @@ def _check_options(extra_blocks: Any, norm_layer: Any, mode: Any, fuse_type: Any
             "norm_layer: expected a callable that makes a norm from a number of channels, or None,"
             f" got {type(norm_layer).__name__}"
         )
-    for argument, value, choices in (("mode", mode, MODES), ("fuse_type", fuse_type, tuple(_GAINS))):
+    for argument, value, choices in (("mode", mode, MODES), ("fuse_type", fuse_type, tuple(GAINS))):
         if not isinstance(value, str):
             raise TypeError(f"{argument}: expected one of {choices}, got {type(value).__name__}")
         if value not in choices:

@@ -1,4 +1,4 @@
-"""The two halves of a pyramid, over the blocks that hold its parameters: the top-down pathway and the outputs.
+"""A pyramid over the blocks that hold its parameters: the top-down pathway, and the output maps.
 
 Every block that a fused call can stand in for is given to one; any other is called as the module it is, and its
 result merged by `upsample_add`.
@@ -14,12 +14,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_kernels import functional
+from fpn_kernels.backends.layouts import result_format
 from fpn_kernels.modules.fusing import fused_parameters
 
 GAINS = {"sum": 1.0, "avg": 0.5}
 
 Parameters = tuple[Tensor, Tensor | None]
 FindParameters = Callable[[nn.Module, int], Parameters | None]
+
+
+def pyramid(
+    features: Sequence[Tensor],
+    inner_blocks: Sequence[nn.Module],
+    output_blocks: Sequence[nn.Module],
+    *,
+    mode: str = "nearest",
+    gain: float = 1.0,
+    scale_factor: int | None = None,
+    find_parameters: FindParameters = fused_parameters,
+) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """The merged maps, finest first, and the output maps of the finest levels, as many as there are output blocks.
+
+    The merged maps lie in memory as the output convolutions read them fastest; `in_layout_of` takes one out in the
+    caller's layout, which every output map has.  The other arguments are those of `merge_levels`.
+    """
+    # Found once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
+    outputs = [find_parameters(block, 3) for block in output_blocks]
+    some = any(parameters is not None for parameters in outputs)
+    merged = merge_levels(
+        features,
+        inner_blocks,
+        mode=mode,
+        gain=gain,
+        scale_factor=scale_factor,
+        memory_format=functional.output_conv_format(features[0]) if some else torch.preserve_format,
+        find_parameters=find_parameters,
+    )
+    results: list[Tensor] = []
+    for block, parameters, level, feature in zip(output_blocks, outputs, merged, features, strict=False):
+        if parameters is not None:
+            results.append(functional.output_conv(level, *parameters, memory_format=result_format(feature)))
+        else:
+            # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
+            results.append(block(in_layout_of(feature, level)))
+    return merged, results
+
+
+def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:
+    """A merged map in the layout of the feature that it was made from; itself where it has that layout."""
+    wanted = result_format(feature)
+    return merged if result_format(merged) == wanted else functional.reorder(merged, wanted)
 
 
 def merge_levels(
@@ -29,6 +73,7 @@ def merge_levels(
     mode: str = "nearest",
     gain: float = 1.0,
     scale_factor: int | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
     find_parameters: FindParameters = fused_parameters,
 ) -> Sequence[Tensor]:
     """The top-down pathway: the merged maps, finest first.
@@ -40,6 +85,7 @@ def merge_levels(
         gain: factor on each merge.
         scale_factor: None where a map is resized to the size of the one it is added to; a number where it is
             enlarged by that, so that other sizes are the error (or the broadcast) of PyTorch's own sum.
+        memory_format: layout of the merged maps, where all levels are one fused call; else they keep their features'.
         find_parameters: gives the weight and bias of a block, or None where it must run as a module.
     """
     parameters = [find_parameters(block, 1) for block in blocks]
@@ -48,7 +94,7 @@ def merge_levels(
         _fits(top, feature, scale_factor) for feature, top in itertools.pairwise(features)
     ):
         weights, biases = zip(*fused, strict=True)
-        return functional.top_down_pathway(features, weights, biases, mode=mode, gain=gain)
+        return functional.top_down_pathway(features, weights, biases, mode=mode, gain=gain, memory_format=memory_format)
     merged: list[Tensor] = []
     for level in reversed(range(len(features))):
         top = merged[-1] if merged else None
@@ -89,13 +135,6 @@ def add_top(
     # two dtypes is eager PyTorch's.
     dtype = torch.promote_types(lateral.dtype, top.dtype)
     return functional.upsample_add(top.to(dtype), lateral.to(dtype), mode=mode, gain=gain)
-
-
-def output_map(block: nn.Module, merged: Tensor, *, find_parameters: FindParameters = fused_parameters) -> Tensor:
-    """One level's output block on its merged map."""
-    parameters = find_parameters(block, 3)
-    result: Tensor = block(merged) if parameters is None else functional.output_conv(merged, *parameters)
-    return result
 
 
 def _can_merge(feature: Tensor, top: Tensor | None, scale_factor: int | None) -> bool:
