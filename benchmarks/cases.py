@@ -64,6 +64,8 @@ QUICK: Grid = {
     ("lateral_connection", TRAINING): (Spot(EVEN, 3),),
     ("neck", FORWARD): (Spot(EVEN),),
     ("neck", TRAINING): (Spot(ODD),),
+    ("output_conv", FORWARD): (Spot(EVEN, 3), Spot(ODD, 3)),
+    ("output_conv", TRAINING): (Spot(EVEN, 4),),
     ("upsample_add", FORWARD): (Spot(EVEN, 2), Spot(ODD, 2)),
     ("upsample_add", TRAINING): (Spot(EVEN, 2),),
 }
@@ -78,6 +80,8 @@ FULL: Grid = {
     ("lateral_connection", TRAINING): _LEVELS,
     ("neck", FORWARD): (Spot(EVEN), Spot(ODD)),
     ("neck", TRAINING): (Spot(EVEN), Spot(ODD)),
+    ("output_conv", FORWARD): _LEVELS,
+    ("output_conv", TRAINING): _LEVELS,
     ("upsample_add", FORWARD): _MERGES + _BILINEAR,
     ("upsample_add", TRAINING): _MERGES + _BILINEAR,
 }
@@ -87,6 +91,8 @@ SMALLEST: Grid = {
     ("lateral_connection", TRAINING): (Spot(TINY, 3),),
     ("neck", FORWARD): (Spot(TINY),),
     ("neck", TRAINING): (Spot(TINY),),
+    ("output_conv", FORWARD): (Spot(TINY, 2),),
+    ("output_conv", TRAINING): (Spot(TINY, 3),),
     ("upsample_add", FORWARD): (Spot(TINY, 2), Spot(TINY, 2, "bilinear")),
     ("upsample_add", TRAINING): (Spot(TINY, 2),),
 }

@@ -54,9 +54,9 @@ def test_the_first_backend_that_does_not_refuse_serves() -> None:
 
 @pytest.mark.usefixtures("fake_backend")
 def test_a_forced_backend_that_refuses_raises_with_its_reason() -> None:
-    with fpn_kernels.use_backend("fake"):
-        with pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64"):
-            fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
+    refused = pytest.raises(ValueError, match="upsample_add: .*fake: serves float32 only, got torch.float64")
+    with fpn_kernels.use_backend("fake"), refused:
+        fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
 
 
 @pytest.mark.usefixtures("fake_backend")
@@ -96,7 +96,6 @@ def test_the_layout_asked_for_is_that_of_the_backend_that_would_serve(
     assert selection.fastest_format("conv", "cpu", torch.float32) == expected
     with fpn_kernels.use_backend("eager"):
         assert selection.fastest_format("conv", "cpu", torch.float32) == torch.preserve_format
-
 
 
 @pytest.mark.usefixtures("fake_backend")

@@ -203,7 +203,7 @@ def test_backends_that_are_here_become_providers_of_their_own() -> None:
 
 def test_selections_hold_what_they_promise() -> None:
     for preset in ("quick", "full"):
-        for operator in ("upsample_add", "lateral_connection", "neck"):
+        for operator in ("upsample_add", "lateral_connection", "output_conv", "neck"):
             found = list(cases.select(preset, "cpu").cases(operator))
             assert {case.direction for case in found} == {cases.FORWARD, cases.TRAINING}
             assert {case.dtype for case in found} == {"fp32", "bf16"}
@@ -246,7 +246,7 @@ def test_the_runner_end_to_end(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "run.json"
     run = _run("--tiny", "--device=cpu", f"--output={file}")
     assert run.returncode == 0, run.stdout + run.stderr
-    for title in ("upsample_add, forward", "lateral_connection, forward+backward", "neck, forward+backward"):
+    for title in ("upsample_add, forward", "output_conv, forward+backward", "neck, forward+backward"):
         assert title in run.stdout
     rows = report.load(file).rows
     assert {row.provider for row in rows} >= {"eager", "fpn_kernels"}

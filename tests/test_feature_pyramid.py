@@ -98,7 +98,7 @@ def test_pyramid_on_every_backend(target: Target) -> None:
     exact = copy.deepcopy(twin).double()
     # Channels last: there eager takes the float32 source index in float64 too.
     wide = {name: m.double().contiguous(memory_format=torch.channels_last) for name, m in x.items()}
-    with torch.no_grad(), target.serves("lateral_connection"):
+    with torch.no_grad(), target.serves("lateral_connection", "output_conv"):
         actual = network(x)
     with torch.no_grad():
         expected, truth = twin(x), exact(wide)
@@ -114,7 +114,7 @@ def test_modes_and_fuse_types(mode: str, fuse_type: str) -> None:
     x = maps()
     with torch.no_grad():
         assert_same(network(x), twin(x))
-        assert served(lambda: network(x)) == ["lateral_connection"] * 4
+        assert served(lambda: network(x)) == ["lateral_connection"] * 4 + ["output_conv"] * 4
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,7 @@ def test_compiles_without_a_graph_break_and_exports(norm_layer: Any) -> None:
     operator = "upsample_add" if norm_layer is group_norm else "lateral_connection"
     called = [str(node.target) for node in program.graph.nodes if "fpn_kernels" in str(node.target)]
     assert called.count(f"fpn_kernels.{operator}.default") == (3 if norm_layer is group_norm else 4)
+    assert called.count("fpn_kernels.output_conv.default") == (0 if norm_layer is group_norm else 4)
     assert_same(program.module()(x), twin(x))
 
 

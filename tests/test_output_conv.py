@@ -104,7 +104,7 @@ def test_any_strides_in_and_the_asked_layout_out(layout: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("weight_layout", ["nhwc", "sliced", "turned"])
 def test_strided_weights(weight_layout: str, target: Target) -> None:
-    feature, weight, bias = _inputs(CASES[1], torch.float32, target.device)
+    feature, _, bias = _inputs(CASES[1], torch.float32, target.device)
     if weight_layout == "turned":  # as the backward has it
         strided = random_map((5, 10, 3, 3), torch.float32, target.device).flip(2, 3).transpose(0, 1)
     else:
@@ -409,5 +409,3 @@ def test_the_layout_to_ask_for_under_autocast() -> None:
 def test_the_oracle_is_a_convolution() -> None:
     inputs = _inputs(CASES[1], torch.float64, "cpu")
     torch.testing.assert_close(oracle.output_conv(*inputs), F.conv2d(*inputs, padding=1))
-
-

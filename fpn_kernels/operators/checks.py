@@ -55,9 +55,7 @@ def check_memory_format(memory_format: torch.memory_format | None) -> None:
 def check_reorder(source: Tensor, memory_format: torch.memory_format) -> None:
     check_map("source", source)
     if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            f"memory_format: expected torch.contiguous_format or torch.channels_last, got {memory_format}"
-        )
+        raise ValueError(f"memory_format: expected torch.contiguous_format or torch.channels_last, got {memory_format}")
 
 
 def check_output_conv(
