@@ -71,9 +71,10 @@ class Maker:
         values = self._random(self.case.batch, channels, height, width)
         return self._leaf(values.to(memory_format=memory_format(self.case.layout)))
 
-    def weight(self, out_channels: int, in_channels: int) -> Tensor:
-        """Of a 1x1 convolution; scaled so that a result is of the order of 1, whatever its fan-in."""
-        return self._leaf(self._random(out_channels, in_channels, 1, 1) / in_channels**0.5)
+    def weight(self, out_channels: int, in_channels: int, kernel_size: int = 1) -> Tensor:
+        """Of a convolution; scaled so that a result is of the order of 1, whatever its fan-in."""
+        values = self._random(out_channels, in_channels, kernel_size, kernel_size)
+        return self._leaf(values / (kernel_size * in_channels**0.5))
 
     def fusion_weights(self, count: int) -> Tensor:
         """Of a weighted merge, before they are normalised; positive, so that each is differentiated."""

@@ -39,7 +39,7 @@ def test_backends_that_are_here_become_providers_of_their_own() -> None:
 
 def test_selections_hold_what_they_promise() -> None:
     for preset in ("quick", "full"):
-        for operator in ("upsample_add", "lateral_connection", "neck", "weighted_merge"):
+        for operator in ("upsample_add", "lateral_connection", "output_conv", "neck", "weighted_merge"):
             found = list(cases.select(preset, "cpu").cases(operator))
             assert {case.direction for case in found} == {cases.FORWARD, cases.TRAINING}
             assert {case.dtype for case in found} == {"fp32", "bf16"}
@@ -89,7 +89,7 @@ def test_the_runner_end_to_end(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "run.json"
     run = _run("--tiny", "--device=cpu", f"--output={file}")
     assert run.returncode == 0, run.stdout + run.stderr
-    for title in ("upsample_add, forward", "lateral_connection, forward+backward", "neck, forward+backward"):
+    for title in ("upsample_add, forward", "output_conv, forward+backward", "neck, forward+backward"):
         assert title in run.stdout
     assert " left [" in run.stdout and "**neck, forward**" in file.with_suffix(".md").read_text()
     rows = report.load(file).rows

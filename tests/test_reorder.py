@@ -1,8 +1,6 @@
-"""`reorder`: a map copied into another layout, on every backend here and every level of the compiled one."""
+"""`reorder`: a map copied into another layout, on every backend that is here."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from targets import Target
 from torch.library import opcheck
 
 import fpn_kernels
-from fpn_kernels.backends import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -85,82 +82,3 @@ def test_bad_input_is_named(case: str) -> None:
     source, memory_format, error, message = BAD[case]
     with pytest.raises(error, match=message):
         _reorder(source, memory_format)
-
-
-# ------------------------------------------------------------------------------------------- the compiled library
-
-compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
-
-
-@pytest.fixture
-def levels() -> Iterator[list[int]]:
-    """The levels of instructions that this CPU has, in a test that may limit them."""
-    limit = torch.ops.fpn_kernels_native.limit_level
-    yield [level for level in range(3) if limit(level) == level]
-    limit(2)
-
-
-def _reordered(source: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """By the library's own operator, into a result full of NaN between two guards that nothing may write to."""
-    guard = 64
-    strides = torch.empty(source.shape, device="meta", memory_format=memory_format).stride()
-    memory = torch.full((source.numel() + 2 * guard,), float("nan"), dtype=source.dtype)
-    out = memory.as_strided(source.shape, strides, guard)
-    torch.ops.fpn_kernels_native.reorder(source, out)
-    assert memory[:guard].isnan().all() and memory[-guard:].isnan().all()
-    return out
-
-
-@compiled
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("asked", FORMATS)
-def test_every_level_writes_every_element(asked: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
-    for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
-        for shape in SHAPES[:-1]:
-            source = random_map(shape, dtype, layout=layout)
-            assert torch.equal(_reordered(source, FORMATS[asked]), source)
-
-
-@compiled
-def test_bits_are_moved_as_they_are(levels: list[int]) -> None:
-    """Signalling NaNs, their payloads and negative zeros included: no element is taken for a number."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, 64, 32, 32)
-    for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
-        for dtype in (torch.bfloat16, torch.float16):
-            for asked in FORMATS.values():
-                source = every.contiguous(
-                    memory_format=torch.channels_last if asked == torch.contiguous_format else torch.contiguous_format
-                )
-                out = torch.zeros_like(every, memory_format=asked)
-                torch.ops.fpn_kernels_native.reorder(source.view(dtype), out.view(dtype))
-                assert torch.equal(out, every)
-
-
-@compiled
-@pytest.mark.parametrize("asked", FORMATS)
-@pytest.mark.parametrize(
-    "shape", [(1, 64, 512, 400), (1, 96, 361, 367), (2, 33, 400, 512)], ids=["aligned", "odd pixels", "odd channels"]
-)
-def test_a_result_written_past_the_caches(shape: tuple[int, ...], asked: str, levels: list[int]) -> None:
-    """Results of 24 MB and more take other store instructions, where every line of them is aligned."""
-    source = random_map(shape, torch.bfloat16, layout="nhwc" if asked == "nchw" else "nchw")
-    assert source.numel() * 2 >= 24 << 20
-    for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
-        assert torch.equal(_reordered(source, FORMATS[asked]), source)
-
-
-@compiled
-@pytest.mark.parametrize("asked", FORMATS)
-def test_the_number_of_threads_does_not_show(asked: str) -> None:
-    source = random_map((3, 50, 75, 113), torch.bfloat16, layout="sliced-nhwc" if asked == "nchw" else "sliced")
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(_reordered(source, FORMATS[asked]), source)
-    finally:
-        torch.set_num_threads(before)

@@ -14,12 +14,12 @@ from torch import Tensor
 _FEW_PIXELS = 2048
 
 
-def is_large(map: Tensor) -> bool:
-    """Whether a map (or a gradient, or a sample of either) has pixels enough for the choice of a layout to pay.
+def is_large(feature: Tensor) -> bool:
+    """Whether a map (or its gradient) has pixels enough for a choice of its layout to pay.
 
     While a graph is made every map counts as large, so that no size becomes a condition of the graph.
     """
-    return torch.compiler.is_compiling() or map.shape[0] * map.shape[2] * map.shape[3] >= _FEW_PIXELS
+    return torch.compiler.is_compiling() or feature.shape[0] * feature.shape[2] * feature.shape[3] >= _FEW_PIXELS
 
 
 def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
