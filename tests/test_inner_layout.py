@@ -36,7 +36,11 @@ class Layouts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "fpn_kernels":
+        if func.namespace == "fpn_kernels" and func._opname == "top_down_pathway":
+            # The lateral connections that it is made of, from the coarsest level on.
+            levels = zip(reversed(args[0]), reversed(result), strict=True)
+            self.calls += [("lateral_connection", result_format(f), result_format(m)) for f, m in levels]
+        elif func.namespace == "fpn_kernels":
             first = result if isinstance(result, Tensor) else result[0]
             self.calls.append((func._opname, result_format(args[0]), result_format(first)))
         return result
@@ -238,8 +242,8 @@ def test_compiles_and_exports_without_a_break(dtype: torch.dtype) -> None:
     sizes = {n: {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} for n in NAMES}
     with torch.no_grad():
         program = torch.export.export(network, (maps(dtype=dtype),), dynamic_shapes=(sizes,))
-    asked = [n.kwargs["memory_format"] for n in program.graph.nodes if "lateral_connection" in str(n.target)]
-    assert asked == [NHWC if dtype == BF16 else torch.preserve_format] * 4
+    asked = [n.kwargs["memory_format"] for n in program.graph.nodes if "top_down_pathway" in str(n.target)]
+    assert asked == [NHWC if dtype == BF16 else torch.preserve_format]
     x = maps(dtype=dtype)
     for name, value in program.module()(x).items():
         assert torch.equal(value, network(x)[name]) and value.is_contiguous(), name
