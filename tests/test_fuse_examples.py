@@ -1,4 +1,4 @@
-"""The examples of `examples/fuse.md`, run as they stand there: on the libraries that are here, else on their twins."""
+"""The README's examples for other libraries, run as they stand: on the libraries that are here, else on their twins."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from twins import CHANNELS, WIDTH
 
 from fpn_kernels.interop.swapping import is_fused
 
-TEXT = (Path(__file__).resolve().parents[1] / "examples" / "fuse.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+SECTION = README.split("## The models that you have\n")[1].split("\n## ")[0]
+EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 
 
 def _holding(name: str, module: nn.Module) -> nn.Module:
@@ -89,7 +90,7 @@ def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     variables: dict[str, Any] = {}
-    exec(compile(EXAMPLES[number], f"example {number} of fuse.md", "exec"), variables)
+    exec(compile(EXAMPLES[number], f"example {number} of the section", "exec"), variables)
     if "fuse(model)" in EXAMPLES[number]:
         assert any(is_fused(module) for module in variables["model"].modules())
     else:
