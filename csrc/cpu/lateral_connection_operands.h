@@ -1,7 +1,5 @@
-// What the two kinds of operands share; included after `Operand` and its products are defined.
+// What the two kinds of operands share; included after `Operand` is defined.
 #pragma once
-
-#include "product_tile.h"
 
 namespace {
 
@@ -10,6 +8,12 @@ using fpn::cpu::LateralConnection;
 // Operands (channels, or pairs of them) added up in registers at a time: a panel's share stays in the first cache,
 // and shorter chains of sums round less.
 constexpr int64_t chunk = fpn::cpu::chunk;
+
+// Left operand of a tile: element (row, k) is at data[row * row_stride + k * k_stride].
+struct Left {
+  const Operand* data;
+  int64_t row_stride, k_stride;
+};
 
 // The pixels of a map are evenly spaced: stride_x from one to the next, across rows as well.
 template <class T>

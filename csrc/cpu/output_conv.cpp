@@ -15,14 +15,14 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 // Measured on Zen 4, one thread, against PyTorch's own in the same layout.  float32, 256 to 256 channels: 1.6 times as
 // fast on 7 x 10 pixels and above, 1.2 on 4 x 8, 0.9 on 4 x 4, where transforming the weight takes all the time, 0.9 on
 // a single row, where oneDNN skips the padding; 3 to 16 output channels leave half a panel empty (0.9), and 8 input
-// channels are the fewest with a gain in both layouts.  float16: oneDNN runs at a fifth of float32's rate and less.
+// channels are the fewest with a gain in both layouts.  Beyond 512 the sums round more than oneDNN's.  float16: oneDNN runs at a fifth of float32's rate and less.
 // bfloat16 gains nothing where the processor multiplies it: 220 against 225 GFLOP/s of the plain sum.
 bool faster(const OutputConv& call) {
   if (!multiplies(call.dtype)) return false;
   const int64_t height = call.feature.height, width = call.feature.width, pixels = call.batch * height * width;
   if (call.dtype == Dtype::float16) return call.cin > 0 && pixels >= 8;
   if (call.dtype != Dtype::float32) return false;
-  return call.cin >= 8 && call.cout > 16 && height > 1 && width > 1 && pixels >= 32;
+  return call.cin >= 8 && call.cin <= 512 && call.cout > 16 && height > 1 && width > 1 && pixels >= 32;
 }
 
 // Tiles whose transformed input fills the second cache but for what passes through it, the same number of blocks for

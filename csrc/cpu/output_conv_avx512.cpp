@@ -1,9 +1,9 @@
 // The 3x3 convolution of float32 and float16 maps, a block of tiles at a time.  Built for AVX-512 alone.
 //
-// The products take all but a tenth of the time, and run at the rate of the processor's multipliers (Zen 4: 114 GFLOP/s
-// a core, of which oneDNN's direct convolution has as many).  The transformed input of a block stays in the second
-// cache, where every panel of output channels reads it again; the weight's panels stream by in the order in which they
-// lie.  Fetching them ahead changed nothing.
+// The products take nine tenths of the time, at the rate of the processor's multipliers (Zen 4: oneDNN's direct
+// convolution reaches the same 114 GFLOP/s a core, on 2.25 times as many).  A block's transformed input stays in the
+// second cache, where every panel of output channels reads it again; the weight's panels stream by in the order in which
+// they lie, and fetching them ahead changed nothing.
 
 #include <algorithm>
 #include <cstring>
@@ -11,55 +11,11 @@
 #include "output_conv_block.h"
 #include "output_conv_direct.h"
 #include "output_conv_input.h"
+#include "output_conv_product.h"
 #include "output_conv_result.h"
 #include "output_conv_weight.h"
 
 namespace {
-
-// Products added up in registers at a time, then added to those before.  Shorter chains round less: at 256 channels the
-// error is 4.5 roundings with 64, 3.7 with 32 and 3.4 with 16, where oneDNN has 3.8; at 1,024 it is 5.0, 4.6 and 5.0,
-// and 4.3 (Zen 4).
-constexpr int64_t chain = 32;
-
-// The transformed input has its channels side by side, or its tiles: `stride` is that of the other.
-template <int rows, bool channels_last>
-void add_products(const float* input, int64_t stride, const float* panel, int64_t count, bool first, float* to) {
-  const Left left{input, channels_last ? stride : 1, channels_last ? 1 : stride};
-  __m512 sums[rows][2];
-  multiply_tile<rows, channels_last>(left, panel, count, sums);
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i, to += panel_columns) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m512 before = first ? _mm512_setzero_ps() : _mm512_loadu_ps(to + 16 * j);
-      _mm512_storeu_ps(to + 16 * j, _mm512_add_ps(before, sums[i][j]));
-    }
-  }
-}
-
-// The sixteen matrix products of a block with a panel of output channels.
-void multiply_panel(
-    const OutputConv& call, const TransformedInput& input, int64_t count, const float* panel, const Sums& sums) {
-  // Register tiles of equal height, or nearly.
-  const int64_t heights = (count + tile_rows - 1) / tile_rows, rows = (count + heights - 1) / heights;
-  for (int e = 0; e < elements; ++e) {
-    for (int64_t k = 0; k < call.cin; k += chain) {
-      const int64_t length = std::min(call.cin - k, chain);
-      for (int64_t t = 0; t < count; t += rows) {
-        const float* left = input.data + e * input.plane + t * input.tile + k * input.channel;
-        float* to = sums.data + e * sums.plane + t * panel_columns;
-        with_rows(std::min(rows, count - t), [&](auto height) {
-          if (call.feature_channels_last) {
-            add_products<height.value, true>(left, input.tile, panel, length, k == 0, to);
-          } else {
-            add_products<height.value, false>(left, input.channel, panel, length, k == 0, to);
-          }
-        });
-      }
-      panel += length * panel_columns;
-    }
-  }
-}
 
 template <class T>
 void block(const OutputConv& call, int64_t first, int64_t count, std::byte* scratch) {
@@ -78,7 +34,8 @@ void block(const OutputConv& call, int64_t first, int64_t count, std::byte* scra
     (call.feature.stride_x == 1 ? input_pixels<T, false> : input_pixels<T, true>)(call, first, count, input, groups);
   }
   for (int64_t column = 0; column < call.cout; column += panel_columns) {
-    multiply_panel(call, input, count, call.weight + column * elements * call.cin, sums);
+    const auto multiply = call.feature_channels_last ? multiply_panel<true> : multiply_panel<false>;
+    multiply(call, input, count, call.weight + column * elements * call.cin, sums);
     (call.channels_last ? output_channels_last<T> : output_pixels<T>)(call, first, count, column, sums, failed);
   }
   if (std::memchr(failed, 1, static_cast<size_t>(count)) != nullptr) {

@@ -14,7 +14,6 @@
 #include <cstdint>
 
 #include "output_conv_scratch.h"
-#include "product_floats.h"
 #include "vectors.h"
 
 namespace {
@@ -22,6 +21,7 @@ namespace {
 using fpn::cpu::Map;
 using fpn::cpu::OutputConv;
 
+constexpr int64_t panel_columns = fpn::cpu::panel_columns;
 constexpr int elements = fpn::cpu::transformed_elements;
 
 // The tiles of a block, transformed: element e of tile t and channel c at input[e * plane + t * tile + c * channel].
@@ -67,5 +67,8 @@ inline void store_masked(float* to, __mmask16 mask, __m512 value) { _mm512_mask_
 inline void store_masked(Half* to, __mmask16 mask, __m512 value) {
   _mm256_mask_storeu_epi16(to, mask, to_half({value}));
 }
+
+inline float single(float value) { return value; }
+inline float single(Half value) { return _cvtsh_ss(value.bits); }
 
 }  // namespace
