@@ -69,11 +69,12 @@ class Target:
     def serves(self, *operators: str) -> Iterator[None]:
         """Forces the backend, and asserts that it served each of these operators and nothing else did.
 
-        An operator that the backend does not have is eager's.
+        An operator that the backend does not have is eager's.  A copy into another layout may stand beside them.
         """
         with selection.use_backend(self.backend), selection.record_calls() as calls:
             yield
-        assert set(calls) == {(name, self.backend if self.implements(name) else "eager") for name in operators}
+        expected = {(name, self.backend if self.implements(name) else "eager") for name in operators}
+        assert {call for call in calls if call[0] != "reorder" or "reorder" in operators} == expected
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
