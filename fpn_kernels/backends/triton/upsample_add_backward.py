@@ -433,7 +433,7 @@ def gather_variants(name: str, bias: bool, own: bool = False) -> Iterator[Varian
                 f"{name}-{walk}-{mode}-{f'window{window}' if window else 'area'}-{8 * size}bit"
                 f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}{'-own' if own else ''}",
                 aligned=alignment > 0,
-                # An own gradient is read as the result is written: half an access in the planes, single numbers in areas.
+                # An own gradient is read as the result is written: half an access in planes, single numbers in areas.
                 wide=("LDG",) if alignment and not own and (walk == "channels" or window == PAIRS) else (),
             )
 
