@@ -21,7 +21,7 @@ from fpn_kernels.backends.triton import geometry
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import kernel, loop_bound, rounded
 from fpn_kernels.backends.triton.upsample_add import TileConfig
-from fpn_kernels.backends.triton.upsample_add_backward import gather_variants, launch, plan
+from fpn_kernels.backends.triton.upsample_add_backward import AREA, gather_variants, launch, plan
 
 # Partials at a time, channels: 32-byte runs, so that 256 channels still occupy 32 multiprocessors.
 REDUCTION = TileConfig(256, 8, 4)
@@ -49,7 +49,7 @@ def merge_backward(
     partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
     bias = grad.new_empty(channels)
     # An own gradient that lies in memory as the result does is read at the places that are written anyway.
-    alike = own is not None and geometry.strides(own) == geometry.strides(out)
+    alike = own is not None and chosen.window != AREA and geometry.strides(own) == geometry.strides(out)
     launch(chosen, grad, out, own if alike else None, partials, mode, gain)
     with geometry.device_guard(grad):
         sum_partials[(-(-channels // REDUCTION.columns),)](

@@ -348,10 +348,9 @@ def gather_area(
     else:
         result = tl.sum(total, axis=1)
     place = widened(x, WIDE) * out_x + along(widened(c, WIDE), out_c, OUT)
-    scaled = gain * result
-    if OWN:
-        scaled += tl.load(start_of(own, n, y, out_n, out_y, 0, WIDE) + place, mask=c < channels, other=0.0)
-    stored = rounded(scaled, out.dtype.element_ty)
+    # Without an own gradient: its load spilled here on sm_90 (`merge_backward` adds it afterwards).
+    tl.static_assert(not OWN)
+    stored = rounded(gain * result, out.dtype.element_ty)
     tl.store(start_of(out, n, y, out_n, out_y, 0, WIDE) + place, stored, mask=c < channels)
     if BIAS:
         tl.store(partials + pixel.to(tl.int64) * channels + c, result, mask=c < channels)
@@ -412,7 +411,9 @@ def gather_variants(name: str, bias: bool, own: bool = False) -> Iterator[Varian
 
     With `own`, the 16-bit tiles alone: a load more, at the places of the store.
     """
-    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles if not own or key[2] == 2]
+    cases = [
+        (key, tile, 16) for key, tiles in TABLE.items() for tile in tiles if not own or (key[2] == 2 and key[1] != AREA)
+    ]
     if not bias:
         cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
     for (walk, window, size), config, alignment in cases:
