@@ -218,7 +218,7 @@ def _calls() -> dict[str, tuple[Callable[[], object], int]]:
             len(upsample_add_backward.TABLE["channels", upsample_add_backward.PAIRS, 2]),
         ),
         "merge_backward": (
-            lambda: merge_backward.merge_backward(fine, (4, 4), "nearest", 1.0),
+            lambda: merge_backward.merge_backward(fine, (4, 4), None, "nearest", 1.0),
             len(upsample_add_backward.TABLE["channels", upsample_add_backward.PAIRS, 2]),
         ),
         "lateral_connection": (
