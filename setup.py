@@ -65,10 +65,12 @@ AVX512_FLAGS = [*AVX2_FLAGS, "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "
 # A file named *_kernel.cpp is compiled once a level, and the CPU's own is chosen at run time.
 LEVELS: dict[str, list[str]] = {"portable": []}
 # A file with one of these endings is compiled for these instructions alone, and left out on other processors.
-FLAGS_BY_ENDING: dict[str, list[str] | None] = {"_avx512": None, "_avx512bf16": None}
+FLAGS_BY_ENDING: dict[str, list[str] | None] = {"_avx512": None, "_avx512bf16": None, "_amx": None}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS.update(avx2=AVX2_FLAGS, avx512=AVX512_FLAGS)
     FLAGS_BY_ENDING.update(_avx512=AVX512_FLAGS, _avx512bf16=[*AVX512_FLAGS, "-mavx512bf16"])
+# Compilers since GCC 11 and Clang 12 know these; with another, FPN_AMX is not defined.
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
 
 
 # Sources for each GPU that is supported; the newest one also as PTX, which later GPUs compile for themselves.
@@ -98,6 +100,15 @@ def compiler() -> list[str] | None:
         return command if shutil.which(command[0]) else None
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return None if found is None else [found]
+
+
+def knows_amx() -> bool:
+    """Whether the AMX kernels can be compiled here."""
+    command, flags = compiler(), FLAGS_BY_ENDING["_avx512bf16"]
+    if command is None or flags is None:
+        return False
+    probe = [*command, *flags, *AMX_FLAGS, "-fsyntax-only", "-x", "c++", "-include", "immintrin.h", "/dev/null"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
 
 
 def ninja() -> list[str] | None:
@@ -257,20 +268,25 @@ def write_ninja_file(directory: pathlib.Path, library: str, *, cuda: bool = Fals
     assert torch is not None and cxx is not None
     sanitize = SANITIZE_FLAGS if sanitizing() else []
     include = ["-isystem", str(torch / "include")]
-    flags = [*COMMON_FLAGS, *sanitize, *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags_by_ending = dict(FLAGS_BY_ENDING)
+    amx = []
+    if knows_amx():
+        flags_by_ending["_amx"] = [*(FLAGS_BY_ENDING["_avx512bf16"] or []), *AMX_FLAGS]
+        amx = ["-DFPN_AMX"]
+    flags = [*COMMON_FLAGS, *amx, *sanitize, *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     build = NinjaFile(directory)
     build.rule("cxx", [command_line([*cxx, *flags]), "-MMD -MF $out.d $flags -c $in -o $out"])
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cpp") if cuda else [])]
     for source in sorted(sources):
-        ending = next((ending for ending in FLAGS_BY_ENDING if source.stem.endswith(ending)), None)
+        ending = next((ending for ending in flags_by_ending if source.stem.endswith(ending)), None)
         if source.stem.endswith("_kernel"):
             for level, level_flags in LEVELS.items():
                 build.compile("cxx", source, f"_{level}", [f"-DFPN_LEVEL={level}", *level_flags])
         elif ending is None:
             build.compile("cxx", source, "", [])
-        elif (own_flags := FLAGS_BY_ENDING[ending]) is not None:
+        elif (own_flags := flags_by_ending[ending]) is not None:
             build.compile("cxx", source, "", own_flags)
     linker = add_cuda(build, include) if cuda else [*cxx, "-shared", *sanitize]
     if cuda:

@@ -7,7 +7,8 @@
 
 namespace fpn::cpu {
 
-enum class Level : int64_t { portable = 0, avx2 = 1, avx512 = 2 };
+// `amx` is avx512 and its tiles: only matrix products tell them apart.
+enum class Level : int64_t { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The highest level that this CPU has, or the ceiling where that is lower.
 Level level();
@@ -15,12 +16,14 @@ Level level();
 // For tests: all levels give the same bits.  Returns the level then in use.
 int64_t limit_level(int64_t ceiling);
 
-// Whether the matrix products of this library are the faster ones for maps of a dtype on this CPU.
-bool multiplies(Dtype dtype);
+// By what this library multiplies matrices of a dtype on this CPU: by nothing where PyTorch's own products are faster.
+enum class Product { none, vectors, tiles };
+Product product_of(Dtype dtype);
 
 template <class Kernel>
 Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Kernel avx512) {
   switch (level()) {
+    case Level::amx:
     case Level::avx512: return avx512;
     case Level::avx2: return avx2;
     case Level::portable: break;

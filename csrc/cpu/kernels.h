@@ -147,6 +147,50 @@ struct OutputConv {
   bool channels_last;       // the result
 };
 
+// What the AMX kernels and their drivers agree on: see amx.h.
+constexpr int64_t amx_tile_pixels = 16;
+constexpr int64_t amx_tile_channels = 32;
+constexpr int64_t amx_pixel_bytes = 64;
+constexpr int64_t amx_panel_channels = 32;
+constexpr int64_t amx_panel_bytes = 2048;
+constexpr int64_t amx_sums_bytes = 3 * amx_tile_pixels * amx_panel_channels * 4;  // of a group of tiles; there are two such
+
+// A bfloat16 weight [cout, cin, taps], and room for it as the tiles read it.
+struct AmxWeight {
+  const void* from;
+  int64_t stride_out, stride_in, stride_y, stride_x;
+  int64_t cout, cin, taps;
+  int64_t chunks, panels;  // of 32 input and 32 output channels
+  std::byte* packed;
+};
+
+// out = 3x3 convolution of feature (stride 1, padding 1) + bias: see output_conv_amx.cpp.
+struct AmxOutputConv {
+  Map feature;
+  Result out;
+  AmxWeight weight;
+  const float* bias;  // room for whole panels
+  int64_t batch;
+  int64_t blocks_down, blocks_across;
+  int64_t tiles_across;   // of a row of the map
+  int64_t rows;           // pixels of a tile
+  bool flat;              // the tiles go on from row to row
+  int64_t parts;          // that a block's output channels are computed in
+  int64_t pitch, plane;   // scratch memory: pixels from row to row, bytes from 32 channels to the next
+  int64_t sums_at, places_at, scratch_bytes;
+};
+
+// What a pixel reads of the top.
+constexpr int64_t amx_top_place_bytes = 40;
+
+// A lateral connection of bfloat16 maps: see lateral_connection_amx.cpp.
+struct AmxLateralConnection {
+  LateralConnection call;
+  AmxWeight weight;
+  int64_t plane;  // scratch memory: bytes from 32 channels to the next
+  int64_t sums_at, places_at, start_at, scratch_bytes;
+};
+
 // A tile of sums in registers, rows x columns.
 constexpr int64_t tile_rows = 12;
 constexpr int64_t panel_columns = 32;
@@ -190,6 +234,11 @@ namespace avx512bf16 {
 void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 }  // namespace avx512bf16
+namespace amx {
+void pack_weight(const AmxWeight&, int64_t begin, int64_t end, std::byte* scratch);
+void output_conv_blocks(const AmxOutputConv&, int64_t begin, int64_t end, std::byte* scratch);
+void lateral_connection_blocks(const AmxLateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
+}  // namespace amx
 
 #undef FPN_DECLARE_KERNELS
 

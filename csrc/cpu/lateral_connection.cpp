@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "../operators.h"
+#include "lateral_connection.h"
+
 #include "capability.h"
 #include "maps.h"
 #include "tables.h"
@@ -50,7 +51,11 @@ bool lateral_connection(
     Tensor out) {
   LateralConnection call{};
   call.dtype = dtype_of(feature);
-  if (!multiplies(call.dtype)) return false;
+  const Product product = product_of(call.dtype);
+  if (product == Product::none) return false;
+  if (product == Product::tiles) {
+    return lateral_connection_bfloat16(feature, weight, bias, top, static_cast<Mode>(mode), gain, out);
+  }
   call.feature = map_of(feature);
   call.out = result_of(out);
   call.channels_last = call.out.stride_x != 1;

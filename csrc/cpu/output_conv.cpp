@@ -1,7 +1,8 @@
 // The 3x3 convolution with its bias, by Winograd's minimal filtering, where that is faster than PyTorch's own;
 // elsewhere nothing is done, and the caller takes that.
 
-#include "../operators.h"
+#include "output_conv.h"
+
 #include "capability.h"
 #include "maps.h"
 #include "output_conv_scratch.h"
@@ -18,7 +19,7 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 // channels are the fewest with a gain in both layouts.  Beyond 512 the sums round more than oneDNN's.  float16: oneDNN runs at a fifth of float32's rate and less.
 // bfloat16 gains nothing where the processor multiplies it: 220 against 225 GFLOP/s of the plain sum.
 bool faster(const OutputConv& call) {
-  if (!multiplies(call.dtype)) return false;
+  if (product_of(call.dtype) != Product::vectors) return false;
   const int64_t height = call.feature.height, width = call.feature.width, pixels = call.batch * height * width;
   if (call.dtype == Dtype::float16) return call.cin > 0 && pixels >= 8;
   if (call.dtype != Dtype::float32) return false;
@@ -41,6 +42,7 @@ void choose_block(OutputConv& call) {
 bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
   OutputConv call{};
   call.dtype = dtype_of(feature);
+  if (call.dtype == Dtype::bfloat16) return output_conv_bfloat16(feature, weight, bias, out);
   call.feature = map_of(feature);
   call.out = result_of(out);
   call.batch = feature.size(0);

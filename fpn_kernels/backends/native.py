@@ -101,6 +101,12 @@ def _accumulate(
             torch.addmm(start_value, left, right, alpha=gain, out=target)
 
 
+def _side_by_side(top: Tensor, out_format: torch.memory_format) -> Tensor:
+    """The top as the library's own product reads it: channels or pixels side by side, as in the result."""
+    dimension = 1 if out_format == torch.channels_last else 3
+    return top if top.stride(dimension) == 1 else reorder(top, out_format)
+
+
 def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format) -> bool:
     """Where there is nothing to merge and no layout to change, oneDNN's bfloat16 convolution of short sums.
 
@@ -129,6 +135,7 @@ def lateral_connection(
         return F.conv2d(feature, weight[:, :, None, None], bias).contiguous(memory_format=out_format)
     out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
     gain = 1.0 if top is None else gain
+    top = None if top is None else _side_by_side(top, out_format)
     number = _MODE_NUMBERS[mode]
     bias32 = feature.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float().contiguous()
     if torch.ops.fpn_kernels_native.lateral_connection.default(feature, weight, bias32, top, number, gain, out):
@@ -173,7 +180,7 @@ def output_conv(
     Elsewhere PyTorch's, and a fast copy where its result has another layout.
     """
     out_format = requested_format(feature, memory_format)
-    if feature.dtype in (torch.float32, torch.float16):
+    if feature.dtype != torch.float64:
         out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
         if torch.ops.fpn_kernels_native.output_conv.default(feature, weight, bias, out):
             return out

@@ -1,0 +1,63 @@
+// What the drivers of the AMX kernels share: the operands that are packed before the product.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "capability.h"
+#include "maps.h"
+
+namespace fpn::cpu {
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// A weight's room packed, and the bias in float32, with room for whole panels.
+class AmxOperands {
+ public:
+  AmxOperands(const Tensor& weight, const int64_t (&strides)[4], int64_t taps, const std::optional<Tensor>& bias)
+      : weight_{
+            weight.const_data_ptr(),
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3],
+            weight.size(0),
+            weight.size(1),
+            taps,
+            divide_up(weight.size(1), amx_tile_channels),
+            divide_up(weight.size(0), amx_panel_channels),
+            nullptr},
+        room_(weight_.panels * weight_.chunks * taps * amx_panel_bytes),
+        bias_(static_cast<size_t>(weight_.panels * amx_panel_channels)) {
+    weight_.packed = room_.data();
+    for (int64_t i = 0; bias.has_value() && i < weight_.cout; ++i) bias_[static_cast<size_t>(i)] = element(*bias, i);
+  }
+
+  void pack() const {
+#if defined(FPN_AMX)
+    run_units(&amx::pack_weight, weight_, weight_.panels * weight_.chunks, weight_.taps * amx_panel_bytes / 2, 0);
+#endif
+  }
+  const AmxWeight& weight() const { return weight_; }
+  const float* bias() const { return bias_.data(); }
+
+ private:
+  // Of a bias in bfloat16, or in float32.
+  static float element(const Tensor& bias, int64_t index) {
+    const int64_t at = index * bias.stride(0);
+    if (bias.scalar_type() == torch::headeronly::ScalarType::Float) {
+      return static_cast<const float*>(bias.const_data_ptr())[at];
+    }
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias.const_data_ptr())[at]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  AmxWeight weight_;
+  Scratch room_;
+  std::vector<float> bias_;
+};
+
+}  // namespace fpn::cpu

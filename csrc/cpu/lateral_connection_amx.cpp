@@ -1,0 +1,230 @@
+// The 1x1 convolution of bfloat16 maps, its bias and the merge, as a matrix product by AMX tiles.
+//
+// A block is a number of pixels of a map, one after the other across its rows, which are copied into scratch memory as
+// the tiles read them.  A group of tiles stays in the first cache while the whole weight passes it.
+
+#include <algorithm>
+#include <utility>
+
+#include "amx_input.h"
+#include "amx_result.h"
+#include "amx_weight.h"
+#include "lateral_connection_start.h"
+
+namespace {
+
+using fpn::cpu::AmxLateralConnection;
+
+// Where a pixel of the block reads the top: the elements left and right of it in the rows above and below, and how much
+// the lower row and the right column weigh.
+struct TopPlace {
+  int64_t above_left, above_right, below_left, below_right;
+  float below, right;
+};
+static_assert(sizeof(TopPlace) == fpn::cpu::amx_top_place_bytes);
+
+// bias + top, a pixel's channels side by side.
+enum class Top { none, nearest, bilinear };
+
+template <Top kind>
+struct AddTopChannels {
+  const LateralConnection& call;
+  const BFloat16* top;         // of this map
+  const int64_t* nearest;      // by place
+  const TopPlace* bilinear;
+
+  static __m512 read(const BFloat16* from, __mmask16 exist) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(exist, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+
+  auto channels(int64_t channel) const {
+    const __mmask16 exist = static_cast<__mmask16>(first_halves(call.cout - channel));
+    const __m512 bias = _mm512_loadu_ps(call.bias + channel), gain = _mm512_set1_ps(static_cast<float>(call.gain));
+    const BFloat16* from = top + channel;
+    if constexpr (kind == Top::none) {
+      return [=](__m512 sums, int64_t) { return _mm512_add_ps(sums, bias); };
+    } else if constexpr (kind == Top::nearest) {
+      return [=, places = nearest](__m512 sums, int64_t place) {
+        const __m512 merged = _mm512_add_ps(_mm512_add_ps(sums, bias), read(from + places[place], exist));
+        return _mm512_mul_ps(merged, gain);
+      };
+    } else {
+      return [=, places = bilinear](__m512 sums, int64_t place) {
+        const TopPlace& at = places[place];
+        const __m512 right = _mm512_set1_ps(at.right), left = _mm512_set1_ps(1 - at.right);
+        const auto line = [&](int64_t first, int64_t second) {
+          const __m512 west = _mm512_mul_ps(left, read(from + first, exist));
+          return _mm512_add_ps(west, _mm512_mul_ps(right, read(from + second, exist)));
+        };
+        const __m512 above = _mm512_mul_ps(_mm512_set1_ps(1 - at.below), line(at.above_left, at.above_right));
+        const __m512 below = _mm512_mul_ps(_mm512_set1_ps(at.below), line(at.below_left, at.below_right));
+        return _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sums, bias), _mm512_add_ps(above, below)), gain);
+      };
+    }
+  }
+  __m512 pixels(__m512 sums, int64_t, int64_t) const { return sums; }
+};
+
+// bias + top, a channel's pixels side by side: lines of `stride` pixels that start_nchw wrote.
+struct AddTopPixels {
+  const LateralConnection& call;
+  const float* start;
+  int64_t stride;
+
+  auto channels(int64_t) const {
+    return [](__m512 sums, int64_t) { return sums; };
+  }
+  __m512 pixels(__m512 sums, int64_t channel, int64_t place) const {
+    if (call.top.data == nullptr) return _mm512_add_ps(sums, _mm512_set1_ps(call.bias[channel]));
+    sums = _mm512_add_ps(sums, _mm512_loadu_ps(start + channel * stride + place));
+    return _mm512_mul_ps(sums, _mm512_set1_ps(static_cast<float>(call.gain)));
+  }
+};
+
+struct PixelBlock {
+  int64_t n, first, count;
+};
+
+void copy_block(const AmxLateralConnection& all, const PixelBlock& block, std::byte* to) {
+  const fpn::Map& map = all.call.feature;
+  const uint16_t* from = static_cast<const uint16_t*>(map.data) + block.n * map.stride_n;
+  const bool one_line = map.height == 1 || map.stride_y == map.width * map.stride_x;
+  if (one_line) return copy_pixels(map, from + block.first * map.stride_x, all.call.cin, block.count, to, all.plane);
+  for (int64_t at = 0; at < block.count;) {
+    const int64_t y = (block.first + at) / map.width, x = (block.first + at) % map.width;
+    const int64_t count = std::min(map.width - x, block.count - at);
+    copy_pixels(
+        map, from + y * map.stride_y + x * map.stride_x, all.call.cin, count, to + at * pixel_bytes, all.plane);
+    at += count;
+  }
+}
+
+inline TopPlace top_place(const LateralConnection& call, int64_t y, int64_t x) {
+  const int64_t above = call.rows.lower[y] * call.top.stride_y, left = call.columns.lower[x] * call.top.stride_x;
+  const int64_t below = call.rows.upper[y] * call.top.stride_y, right = call.columns.upper[x] * call.top.stride_x;
+  return {above + left, above + right, below + left, below + right, call.rows.weight[y], call.columns.weight[x]};
+}
+
+// Where the pixels lie in the result.
+void find_places(const LateralConnection& call, const PixelBlock& block, int64_t* places) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t y = (block.first + i) / call.width, x = (block.first + i) % call.width;
+    places[i] = y * call.out.stride_y + x * call.out.stride_x;
+  }
+  for (int64_t i = 0; i < tile_pixels; ++i) places[block.count + i] = -1;
+}
+
+// What they read of the top.
+template <class Place>
+void find_top_places(const LateralConnection& call, const PixelBlock& block, Place* places) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t y = (block.first + i) / call.width, x = (block.first + i) % call.width;
+    if constexpr (sizeof(Place) == sizeof(TopPlace)) {
+      places[i] = top_place(call, y, x);
+    } else {
+      places[i] = call.rows.lower[y] * call.top.stride_y + call.columns.lower[x] * call.top.stride_x;
+    }
+  }
+}
+
+// The memory of a block: pixels one after the other in NHWC, a stretch a channel in NCHW.
+Area area_of(const fpn::Map& map, int64_t channels, const PixelBlock& block) {
+  const auto* first = static_cast<const uint16_t*>(map.data) + block.n * map.stride_n + block.first * map.stride_x;
+  if (map.stride_c == 1) return {first, 0, 1, block.count * channels * 2, false};
+  return {first, map.stride_c * 2, channels, block.count * 2, false};
+}
+
+void fetch_block(const AmxLateralConnection& all, const PixelBlock& block, Fetcher& fetcher) {
+  const LateralConnection& call = all.call;
+  fetcher.add(area_of(call.feature, call.cin, block));
+  const fpn::Map out{call.out.data, call.height, call.width, call.out.stride_n, call.out.stride_c, call.out.stride_y, call.out.stride_x};
+  Area result = area_of(out, call.cout, block);
+  result.written = true;
+  fetcher.add(result);
+  if (call.top.data == nullptr) return;
+  const int64_t last = block.first + block.count - 1;
+  const int64_t above = call.rows.lower[block.first / call.width], below = call.rows.lower[last / call.width];
+  const int64_t left = above == below ? call.columns.lower[block.first % call.width] : 0;
+  const int64_t right = above == below ? call.columns.lower[last % call.width] : call.top.width - 1;
+  const int64_t count = (below - above) * call.top.width + right - left + 1;
+  fetcher.add(area_of(call.top, call.cout, {block.n, above * call.top.width + left, count}));
+}
+
+template <class Add>
+void multiply_block(
+    const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch, const Add& add, Fetcher& fetcher) {
+  float* sums = reinterpret_cast<float*>(scratch + all.sums_at);
+  float* held = sums + group_tiles * tile_pixels * panel_channels;
+  int64_t* places = reinterpret_cast<int64_t*>(scratch + all.places_at);
+  find_places(all.call, block, places);
+  const int64_t tap = 0, steps = std::max<int64_t>(1, all.weight.chunks);
+  const Sum sum{all.weight.chunks, all.plane, &tap, 1};
+  const int64_t tiles = (block.count + tile_pixels - 1) / tile_pixels, groups = (tiles + group_tiles - 1) / group_tiles;
+  Writer writer(all.call.out, block.n, all.call.cout, tile_pixels, places, add);
+  Beside beside{writer, fetcher};
+  fetcher.start(groups * all.weight.panels * steps);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = tiles * group / groups, count = tiles * (group + 1) / groups - begin;
+    const std::byte* left[group_tiles] = {};
+    int64_t starts[group_tiles] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      starts[i] = (begin + i) * tile_pixels;
+      left[i] = scratch + starts[i] * pixel_bytes;
+    }
+    for (int64_t panel = 0; panel < all.weight.panels; ++panel) {
+      const std::byte* weight = all.weight.packed + panel * all.weight.chunks * panel_bytes;
+      multiply(count, left, weight, sum, sums, beside);
+      writer.finish();
+      writer.take(sums, panel, starts, count, steps);
+      std::swap(sums, held);
+    }
+  }
+  writer.finish();
+}
+
+void merge_block(const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch, Fetcher& fetcher) {
+  const LateralConnection& call = all.call;
+  if (!call.channels_last) {
+    float* start = reinterpret_cast<float*>(scratch + all.start_at);
+    // Lines of whole tiles; the room for the copied pixels holds the lines of the start before that.
+    const int64_t stride = (call.block + tile_pixels - 1) / tile_pixels * tile_pixels;
+    if (call.top.data != nullptr) start_nchw<BFloat16>(call, block.n, block.first, block.count, start, stride, scratch);
+    copy_block(all, block, scratch);
+    return multiply_block(all, block, scratch, AddTopPixels{call, start, stride}, fetcher);
+  }
+  copy_block(all, block, scratch);
+  if (call.top.data == nullptr) {
+    return multiply_block(all, block, scratch, AddTopChannels<Top::none>{call, nullptr, nullptr, nullptr}, fetcher);
+  }
+  const auto* top = static_cast<const BFloat16*>(call.top.data) + block.n * call.top.stride_n;
+  if (call.bilinear) {
+    auto* places = reinterpret_cast<TopPlace*>(scratch + all.start_at);
+    find_top_places(call, block, places);
+    const AddTopChannels<Top::bilinear> add{call, top, nullptr, places};
+    return multiply_block(all, block, scratch, add, fetcher);
+  }
+  auto* places = reinterpret_cast<int64_t*>(scratch + all.start_at);
+  find_top_places(call, block, places);
+  multiply_block(all, block, scratch, AddTopChannels<Top::nearest>{call, top, places, nullptr}, fetcher);
+}
+
+}  // namespace
+
+namespace fpn::cpu::amx {
+
+void lateral_connection_blocks(const AmxLateralConnection& all, int64_t begin, int64_t end, std::byte* scratch) {
+  const TileRegisters registers(tile_pixels);
+  const int64_t pixels = all.call.height * all.call.width, blocks = all.call.blocks;
+  const auto block = [&](int64_t unit) {
+    const int64_t part = unit % blocks, first = pixels * part / blocks;
+    return PixelBlock{unit / blocks, first, pixels * (part + 1) / blocks - first};
+  };
+  for (int64_t unit = begin; unit < end; ++unit) {
+    Fetcher fetcher;
+    if (unit + 1 < end) fetch_block(all, block(unit + 1), fetcher);
+    merge_block(all, block(unit), scratch, fetcher);
+  }
+}
+
+}  // namespace fpn::cpu::amx

@@ -1,0 +1,78 @@
+// The lateral connection of bfloat16 maps, where this CPU has AMX; elsewhere nothing is done.
+
+#include "amx_driver.h"
+#include "lateral_connection.h"
+#include "tables.h"
+
+namespace fpn::cpu {
+
+namespace {
+
+// Scratch memory of a block's pixels; a group of tiles is 48 of them.
+constexpr int64_t pixels_room = int64_t{128} << 10;
+constexpr int64_t group_pixels = 48;
+
+void choose_blocks(AmxLateralConnection& all, int64_t batch) {
+  LateralConnection& call = all.call;
+  const int64_t pixels = call.height * call.width, threads = torch::stable::get_num_threads();
+  const int64_t pixel = std::max<int64_t>(1, all.weight.chunks) * amx_pixel_bytes;
+  const int64_t groups = std::clamp<int64_t>(pixels_room / pixel / group_pixels, 1, 8);
+  const int64_t units = divide_up(batch * divide_up(pixels, groups * group_pixels), threads) * threads;
+  call.blocks = std::min(divide_up(units, batch), divide_up(pixels, amx_tile_pixels));
+  call.block = divide_up(pixels, call.blocks);
+  const int64_t line = divide_up(call.block, amx_tile_pixels) * amx_tile_pixels;
+  // The room for the pixels also holds three lines of the width of either map: see start_nchw.
+  const int64_t lines = 3 * line_bytes(std::max(call.width, call.top.width), sizeof(float));
+  all.plane = line * amx_pixel_bytes;
+  all.sums_at = std::max(all.plane * all.weight.chunks, call.channels_last ? 0 : lines);
+  all.places_at = all.sums_at + 2 * amx_sums_bytes;
+  all.start_at = all.places_at + line_bytes(line + amx_tile_pixels, sizeof(int64_t));
+  const int64_t start = call.channels_last ? call.block * amx_top_place_bytes : call.cout * line * 4;
+  all.scratch_bytes = all.start_at + line_bytes(start, 1);
+}
+
+}  // namespace
+
+bool lateral_connection_bfloat16(
+    const Tensor& feature,
+    const Tensor& weight,
+    const Tensor& bias,
+    const std::optional<Tensor>& top,
+    Mode mode,
+    double gain,
+    const Tensor& out) {
+  AmxLateralConnection all{};
+  LateralConnection& call = all.call;
+  call.dtype = Dtype::bfloat16;
+  call.feature = map_of(feature);
+  call.out = result_of(out);
+  call.channels_last = call.out.stride_x != 1 || call.out.stride_c == 1;
+  if (top.has_value()) {
+    call.top = map_of(*top);
+    if ((call.channels_last ? call.top.stride_c : call.top.stride_x) != 1) return false;
+  }
+  call.height = call.feature.height;
+  call.width = call.feature.width;
+  call.cin = feature.size(1);
+  call.cout = weight.size(0);
+  call.gain = gain;
+  call.bilinear = mode == Mode::bilinear;
+  const ForwardTable rows(top.has_value() ? call.top.height : 1, call.height, mode, call.dtype);
+  const ForwardTable columns(top.has_value() ? call.top.width : 1, call.width, mode, call.dtype);
+  call.rows = rows.axis();
+  call.columns = columns.axis();
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), 0, 0};
+  const AmxOperands operands(weight, strides, 1, bias);
+  all.weight = operands.weight();
+  call.bias = operands.bias();
+  const int64_t batch = feature.size(0);
+  choose_blocks(all, batch);
+  operands.pack();
+#if defined(FPN_AMX)
+  run_units(
+      &amx::lateral_connection_blocks, all, batch * call.blocks, call.block * call.cout, all.scratch_bytes);
+#endif
+  return true;
+}
+
+}  // namespace fpn::cpu

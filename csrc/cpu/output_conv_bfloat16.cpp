@@ -1,0 +1,73 @@
+// The 3x3 convolution of bfloat16 maps, where this CPU has AMX; elsewhere nothing is done, and the caller takes
+// PyTorch's own.
+
+#include "amx_driver.h"
+#include "output_conv.h"
+
+namespace fpn::cpu {
+
+namespace {
+
+// Scratch memory of a block beside the weight (1.2 MB at 256 channels) and the block's results in a second cache of 2 MB.
+constexpr int64_t block_room = int64_t{256} << 10;
+// A tile of fewer pixels takes no less time: the loads of its operands do.
+constexpr int64_t least_rows = 10;
+
+// Tiles of a row, all equally wide, or the rows one after the other: whichever leaves less unused.
+void choose_tiles(AmxOutputConv& call) {
+  const int64_t width = call.feature.width, tiles = divide_up(width, amx_tile_pixels);
+  call.rows = divide_up(width, tiles);
+  call.tiles_across = tiles;
+  call.blocks_across = divide_up(tiles, 2);
+  const int64_t by_row = tiles * std::max(call.rows, least_rows);
+  call.flat = call.blocks_across == 1 && width + 2 < by_row;
+  if (call.flat) call.rows = amx_tile_pixels;
+  call.pitch = 2 + (call.flat ? width : divide_up(tiles, call.blocks_across) * call.rows);
+}
+
+// Rows that fit the cache, the same number of blocks for each thread; where there are too few, each block is computed
+// in parts, by panels of output channels.
+void choose_blocks(AmxOutputConv& call) {
+  const int64_t height = call.feature.height, threads = torch::stable::get_num_threads();
+  const int64_t row = call.pitch * amx_pixel_bytes * call.weight.chunks;
+  const int64_t most = std::clamp<int64_t>(block_room / row - 2, 1, height);
+  const int64_t beside = call.batch * call.blocks_across;
+  int64_t blocks = divide_up(height, most);
+  if (beside % threads != 0 && beside * blocks < 8 * threads) blocks = divide_up(blocks, threads) * threads;
+  call.blocks_down = std::min(blocks, height);
+  const int64_t all = beside * call.blocks_down;
+  call.parts = all % threads == 0 || all >= 8 * threads ? 1 : std::min(call.weight.panels, threads);
+  const int64_t rows = divide_up(height, call.blocks_down) + 2;
+  call.plane = rows * call.pitch * amx_pixel_bytes;
+  call.sums_at = call.plane * call.weight.chunks;
+  call.places_at = call.sums_at + 2 * amx_sums_bytes;
+  // The last tile may go beyond the last row.
+  call.scratch_bytes = call.places_at + line_bytes(rows * call.pitch + amx_tile_pixels, sizeof(int64_t));
+}
+
+}  // namespace
+
+bool output_conv_bfloat16(
+    const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  if (product_of(Dtype::bfloat16) != Product::tiles) return false;
+  AmxOutputConv call{};
+  call.feature = map_of(feature);
+  call.out = result_of(out);
+  call.batch = feature.size(0);
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  const AmxOperands operands(weight, strides, 9, bias);
+  call.weight = operands.weight();
+  call.bias = operands.bias();
+  if (call.weight.cout == 0) return true;
+  choose_tiles(call);
+  choose_blocks(call);
+  operands.pack();
+#if defined(FPN_AMX)
+  const int64_t units = call.batch * call.blocks_down * call.blocks_across * call.parts;
+  const int64_t elements = call.plane / 2 * call.weight.chunks;
+  run_units(&amx::output_conv_blocks, call, units, elements, call.scratch_bytes);
+#endif
+  return true;
+}
+
+}  // namespace fpn::cpu
