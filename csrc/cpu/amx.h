@@ -51,7 +51,7 @@ class TileRegisters {
 // What is summed: `chunks` of 32 channels, and of each the taps of the kernel.  Offsets in bytes from a tile's first
 // pixel; the panels of the weight lie one after the other.
 struct Sum {
-  int64_t chunks, chunk_stride;
+  int64_t chunks, chunk_stride, pixel_stride;
   const int64_t* taps;
   int64_t tap_count;
 };
@@ -81,19 +81,19 @@ inline void multiply(
     for (int64_t tap = 0; tap < sum.tap_count; ++tap, right += panel_bytes) {
       const int64_t at = chunk * sum.chunk_stride + sum.taps[tap];
       // The right operand is read again rather than kept: it is in the first cache by then, and the register is free.
-      _tile_loadd(6, first + at, pixel_bytes);
+      _tile_loadd(6, first + at, sum.pixel_stride);
       _tile_loadd(7, right, pixel_bytes);
       _tile_dpbf16ps(0, 6, 7);
       _tile_loadd(7, right + tile_bytes, pixel_bytes);
       _tile_dpbf16ps(1, 6, 7);
       if constexpr (tiles > 1) {
-        _tile_loadd(6, second + at, pixel_bytes);
+        _tile_loadd(6, second + at, sum.pixel_stride);
         _tile_dpbf16ps(3, 6, 7);
         _tile_loadd(7, right, pixel_bytes);
         _tile_dpbf16ps(2, 6, 7);
       }
       if constexpr (tiles > 2) {
-        _tile_loadd(6, third + at, pixel_bytes);
+        _tile_loadd(6, third + at, sum.pixel_stride);
         _tile_dpbf16ps(4, 6, 7);
         _tile_loadd(7, right + tile_bytes, pixel_bytes);
         _tile_dpbf16ps(5, 6, 7);

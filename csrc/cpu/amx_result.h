@@ -9,7 +9,6 @@
 
 #include "../common/maps.h"
 #include "amx.h"
-#include "amx_fetch.h"
 #include "transposes.h"
 
 namespace {
@@ -121,19 +120,5 @@ class Writer {
   int64_t panel_ = 0, starts_[group_tiles] = {}, tiles_ = 0;
   int64_t tile_ = 0, part_ = 0, share_ = 0;  // the next job, and jobs a step
 };
-
-// What goes on beside the products: the last group's results are written, the next block's memory is fetched.
-template <class Add>
-struct Beside {
-  Writer<Add>& writer;
-  Fetcher& fetcher;
-
-  void step() {
-    writer.step();
-    fetcher.step();
-  }
-};
-template <class Add>
-Beside(Writer<Add>&, Fetcher&) -> Beside<Add>;
 
 }  // namespace

@@ -189,6 +189,8 @@ struct AmxLateralConnection {
   AmxWeight weight;
   int64_t plane;  // scratch memory: bytes from 32 channels to the next
   int64_t sums_at, places_at, start_at, scratch_bytes;
+  bool in_place;  // whole tiles of the feature are read where they are
+  bool fetches;   // the maps are too large for the caches
 };
 
 // A tile of sums in registers, rows x columns.

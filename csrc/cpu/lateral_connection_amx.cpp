@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "amx_fetch.h"
 #include "amx_input.h"
 #include "amx_result.h"
 #include "amx_weight.h"
@@ -86,9 +87,16 @@ struct PixelBlock {
   int64_t n, first, count;
 };
 
+// Whether the tiles are read where they are: whole ones, of which every line is one of the cache, and no more pixels in
+// one set of the first cache than it holds.
+inline bool reads_in_place(const AmxLateralConnection& all, const PixelBlock& block) {
+  return all.in_place && block.count % tile_pixels == 0;
+}
+
 void copy_block(const AmxLateralConnection& all, const PixelBlock& block, std::byte* to) {
   const fpn::Map& map = all.call.feature;
   const uint16_t* from = static_cast<const uint16_t*>(map.data) + block.n * map.stride_n;
+  if (reads_in_place(all, block)) return;
   const bool one_line = map.height == 1 || map.stride_y == map.width * map.stride_x;
   if (one_line) return copy_pixels(map, from + block.first * map.stride_x, all.call.cin, block.count, to, all.plane);
   for (int64_t at = 0; at < block.count;) {
@@ -131,17 +139,13 @@ void find_top_places(const LateralConnection& call, const PixelBlock& block, Pla
 // The memory of a block: pixels one after the other in NHWC, a stretch a channel in NCHW.
 Area area_of(const fpn::Map& map, int64_t channels, const PixelBlock& block) {
   const auto* first = static_cast<const uint16_t*>(map.data) + block.n * map.stride_n + block.first * map.stride_x;
-  if (map.stride_c == 1) return {first, 0, 1, block.count * channels * 2, false};
-  return {first, map.stride_c * 2, channels, block.count * 2, false};
+  if (map.stride_c == 1) return {first, 0, 1, block.count * channels * 2};
+  return {first, map.stride_c * 2, channels, block.count * 2};
 }
 
 void fetch_block(const AmxLateralConnection& all, const PixelBlock& block, Fetcher& fetcher) {
   const LateralConnection& call = all.call;
   fetcher.add(area_of(call.feature, call.cin, block));
-  const fpn::Map out{call.out.data, call.height, call.width, call.out.stride_n, call.out.stride_c, call.out.stride_y, call.out.stride_x};
-  Area result = area_of(out, call.cout, block);
-  result.written = true;
-  fetcher.add(result);
   if (call.top.data == nullptr) return;
   const int64_t last = block.first + block.count - 1;
   const int64_t above = call.rows.lower[block.first / call.width], below = call.rows.lower[last / call.width];
@@ -159,10 +163,17 @@ void multiply_block(
   int64_t* places = reinterpret_cast<int64_t*>(scratch + all.places_at);
   find_places(all.call, block, places);
   const int64_t tap = 0, steps = std::max<int64_t>(1, all.weight.chunks);
-  const Sum sum{all.weight.chunks, all.plane, &tap, 1};
+  const bool in_place = reads_in_place(all, block);
+  const Sum sum = in_place ? Sum{all.weight.chunks, pixel_bytes, all.call.feature.stride_x * 2, &tap, 1}
+                           : Sum{all.weight.chunks, all.plane, pixel_bytes, &tap, 1};
+  const std::byte* pixels = scratch;
+  if (in_place) {
+    pixels = static_cast<const std::byte*>(all.call.feature.data) +
+        (block.n * all.call.feature.stride_n + block.first * all.call.feature.stride_x) * 2;
+  }
   const int64_t tiles = (block.count + tile_pixels - 1) / tile_pixels, groups = (tiles + group_tiles - 1) / group_tiles;
   Writer writer(all.call.out, block.n, all.call.cout, tile_pixels, places, add);
-  Beside beside{writer, fetcher};
+  Beside<Writer<Add>> beside{writer, fetcher};
   fetcher.start(groups * all.weight.panels * steps);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t begin = tiles * group / groups, count = tiles * (group + 1) / groups - begin;
@@ -170,7 +181,7 @@ void multiply_block(
     int64_t starts[group_tiles] = {};
     for (int64_t i = 0; i < count; ++i) {
       starts[i] = (begin + i) * tile_pixels;
-      left[i] = scratch + starts[i] * pixel_bytes;
+      left[i] = pixels + starts[i] * sum.pixel_stride;
     }
     for (int64_t panel = 0; panel < all.weight.panels; ++panel) {
       const std::byte* weight = all.weight.packed + panel * all.weight.chunks * panel_bytes;
@@ -217,12 +228,12 @@ void lateral_connection_blocks(const AmxLateralConnection& all, int64_t begin, i
   const TileRegisters registers(tile_pixels);
   const int64_t pixels = all.call.height * all.call.width, blocks = all.call.blocks;
   const auto block = [&](int64_t unit) {
-    const int64_t part = unit % blocks, first = pixels * part / blocks;
-    return PixelBlock{unit / blocks, first, pixels * (part + 1) / blocks - first};
+    const int64_t first = unit % blocks * all.call.block;
+    return PixelBlock{unit / blocks, first, std::min(all.call.block, pixels - first)};
   };
   for (int64_t unit = begin; unit < end; ++unit) {
     Fetcher fetcher;
-    if (unit + 1 < end) fetch_block(all, block(unit + 1), fetcher);
+    if (all.fetches && unit + 1 < end) fetch_block(all, block(unit + 1), fetcher);
     merge_block(all, block(unit), scratch, fetcher);
   }
 }

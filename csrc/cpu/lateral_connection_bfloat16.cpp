@@ -12,17 +12,28 @@ namespace {
 constexpr int64_t pixels_room = int64_t{128} << 10;
 constexpr int64_t group_pixels = 48;
 
+// Each row of a tile one line of the cache, and no more pixels in one set of the first cache than it holds.
+bool may_read_in_place(const LateralConnection& call) {
+  constexpr int64_t line = 64, most = 1024;
+  return call.feature.stride_c == 1 && evenly_spaced(call.feature) && call.cin % amx_tile_channels == 0 &&
+      call.feature.stride_x * 2 % line == 0 && call.feature.stride_x <= most &&
+      (reinterpret_cast<uintptr_t>(call.feature.data) + call.feature.stride_n * 2) % line == 0 &&
+      reinterpret_cast<uintptr_t>(call.feature.data) % line == 0;
+}
+
 void choose_blocks(AmxLateralConnection& all, int64_t batch) {
   LateralConnection& call = all.call;
   const int64_t pixels = call.height * call.width, threads = torch::stable::get_num_threads();
   const int64_t pixel = std::max<int64_t>(1, all.weight.chunks) * amx_pixel_bytes;
   const int64_t groups = std::clamp<int64_t>(pixels_room / pixel / group_pixels, 1, 8);
   const int64_t units = divide_up(batch * divide_up(pixels, groups * group_pixels), threads) * threads;
-  call.blocks = std::min(divide_up(units, batch), divide_up(pixels, amx_tile_pixels));
-  call.block = divide_up(pixels, call.blocks);
-  const int64_t line = divide_up(call.block, amx_tile_pixels) * amx_tile_pixels;
+  const int64_t line = divide_up(divide_up(pixels, divide_up(units, batch)), amx_tile_pixels) * amx_tile_pixels;
+  call.block = line;
+  call.blocks = divide_up(pixels, line);
   // The room for the pixels also holds three lines of the width of either map: see start_nchw.
   const int64_t lines = 3 * line_bytes(std::max(call.width, call.top.width), sizeof(float));
+  all.in_place = may_read_in_place(call);
+  all.fetches = pixels * call.cin * 2 >= streaming_bytes;
   all.plane = line * amx_pixel_bytes;
   all.sums_at = std::max(all.plane * all.weight.chunks, call.channels_last ? 0 : lines);
   all.places_at = all.sums_at + 2 * amx_sums_bytes;

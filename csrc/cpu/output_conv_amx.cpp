@@ -92,32 +92,8 @@ void find_places(const AmxOutputConv& call, const Block& block, int64_t* places)
   for (int64_t x = 0; x < tile_pixels; ++x) places[x] = -1;
 }
 
-// The memory of a block: a stretch a row in NHWC.  Other layouts are left to the hardware.
-Area area_of(const void* data, int64_t stride_n, int64_t stride_y, int64_t stride_x, int64_t channels, const Block& at) {
-  const auto* first = static_cast<const uint16_t*>(data) + at.n * stride_n + at.y * stride_y + at.x * stride_x;
-  return {first, stride_y * 2, at.height, at.width * channels * 2, false};
-}
-
-void fetch_block(const AmxOutputConv& call, const Block& block, Fetcher& fetcher) {
-  const fpn::Map& map = call.feature;
-  if (map.stride_c == 1) {
-    fetcher.add(area_of(map.data, map.stride_n, map.stride_y, map.stride_x, call.weight.cin, block));
-  }
-  const fpn::Result& out = call.out;
-  if (out.stride_c != 1) return;
-  Area result = area_of(out.data, out.stride_n, out.stride_y, out.stride_x, call.weight.cout, block);
-  result.written = true;
-  fetcher.add(result);
-}
-
 // The block's result, some panels of it.
-void convolve_block(
-    const AmxOutputConv& call,
-    const Block& block,
-    int64_t first,
-    int64_t last,
-    std::byte* scratch,
-    Fetcher& fetcher) {
+void convolve_block(const AmxOutputConv& call, const Block& block, int64_t first, int64_t last, std::byte* scratch) {
   copy_block(call, block, scratch);
   float* sums = reinterpret_cast<float*>(scratch + call.sums_at);
   float* held = sums + group_tiles * tile_pixels * panel_channels;
@@ -125,11 +101,9 @@ void convolve_block(
   find_places(call, block, places);
   int64_t taps[9];
   for (int64_t tap = 0; tap < 9; ++tap) taps[tap] = (tap / 3 * call.pitch + tap % 3) * pixel_bytes;
-  const Sum sum{call.weight.chunks, call.plane, taps, 9};
+  const Sum sum{call.weight.chunks, call.plane, pixel_bytes, taps, 9};
   Writer writer(call.out, block.n, call.weight.cout, call.rows, places, AddBias{call.bias});
   const int64_t tiles = tile_count(call, block), groups = (tiles + group_tiles - 1) / group_tiles;
-  Beside beside{writer, fetcher};
-  fetcher.start(std::max<int64_t>(1, (last - first) * groups * sum.chunks * sum.tap_count));
   for (int64_t panel = first; panel < last; ++panel) {
     const std::byte* weight = call.weight.packed + panel * call.weight.chunks * 9 * panel_bytes;
     for (int64_t group = 0; group < groups; ++group) {
@@ -140,7 +114,7 @@ void convolve_block(
         starts[i] = tile_start(call, block, begin + i);
         left[i] = scratch + starts[i] * pixel_bytes;
       }
-      multiply(count, left, weight, sum, sums, beside);
+      multiply(count, left, weight, sum, sums, writer);
       writer.finish();
       writer.take(sums, panel, starts, count, std::max<int64_t>(1, sum.chunks * sum.tap_count));
       std::swap(sums, held);
@@ -161,9 +135,7 @@ void output_conv_blocks(const AmxOutputConv& call, int64_t begin, int64_t end, s
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t part = unit % call.parts;
     const int64_t first = panels * part / call.parts, last = panels * (part + 1) / call.parts;
-    Fetcher fetcher;
-    if (call.parts == 1 && unit + 1 < end) fetch_block(call, block_of(call, unit + 1), fetcher);
-    convolve_block(call, block_of(call, unit / call.parts), first, last, scratch, fetcher);
+    convolve_block(call, block_of(call, unit / call.parts), first, last, scratch);
   }
 }
 
