@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
   m.def("output_conv(Tensor feature, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool");
   m.def("reorder(Tensor source, Tensor(a!) out) -> ()");
   m.def("limit_level(int ceiling) -> int");
+  m.def("multiplies_by_tiles() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
@@ -39,4 +40,5 @@ STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("limit_level", TORCH_BOX(&fpn::cpu::limit_level));
+  m.impl("multiplies_by_tiles", TORCH_BOX(&fpn::cpu::multiplies_by_tiles));
 }

@@ -21,8 +21,7 @@ inline __m512i rounded(__m512 low, __m512 high) {
 // Where the block's pixels lie in the result's map, by their place in scratch memory; below zero where there is none.
 using Places = const int64_t*;
 
-// What is added to the sums, and their scale, says `Add`: channels(channel) gives a function of the sums of sixteen
-// channels of a pixel and its place, pixels(sums, channel, place) takes those of a channel of sixteen pixels.
+// `Add` says what becomes of the sums: channels(channel) gives a function of sixteen channels of a pixel, and its place.
 template <class Add>
 class Writer {
  public:
@@ -88,10 +87,14 @@ class Writer {
     const int64_t channels = cout_ - channel < 16 ? cout_ - channel : 16;
     if (channels <= 0) return;
     const float* sums = sums_ + tile * tile_pixels * panel_channels + 16 * half;
-    Register lines[16];
-    for (int64_t i = 0; i < tile_pixels; ++i) lines[i] = load_register(sums + i * panel_channels);
-    transpose_registers<4>(lines);
     const int64_t* places = places_ + starts_[tile];
+    const auto finished = add_.channels(channel);
+    Register lines[16];
+    for (int64_t i = 0; i < tile_pixels; ++i, sums += panel_channels) {
+      const bool exists = i < rows_ && places[i] >= 0;
+      lines[i] = exists ? _mm512_castps_si512(finished(_mm512_loadu_ps(sums), starts_[tile] + i)) : _mm512_setzero_si512();
+    }
+    transpose_registers<4>(lines);
     for (int64_t i = 0; i < rows_;) {
       if (places[i] < 0) {
         ++i;
@@ -102,8 +105,8 @@ class Writer {
       const __mmask16 exist = static_cast<__mmask16>(((1u << i) - 1) & ~((1u << first) - 1));
       uint16_t* to = map_ + places[first] - first + channel * out_.stride_c;
       for (int64_t c = 0; c < channels; ++c, to += out_.stride_c) {
-        const __m512 line = add_.pixels(_mm512_castsi512_ps(lines[c]), channel + c, starts_[tile]);
-        _mm256_mask_storeu_epi16(to, exist, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(line)));
+        const __m256bh line = _mm512_cvtneps_pbh(_mm512_castsi512_ps(lines[c]));
+        _mm256_mask_storeu_epi16(to, exist, reinterpret_cast<__m256i>(line));
       }
     }
   }

@@ -79,6 +79,8 @@ Product product_of([[maybe_unused]] Dtype dtype) {
   return Product::none;
 }
 
+bool multiplies_by_tiles() { return product_of(Dtype::bfloat16) == Product::tiles; }
+
 int64_t limit_level(int64_t ceiling) {
   const int64_t highest = static_cast<int64_t>(Level::amx);
   ceiling_in_use.store(std::clamp(ceiling, int64_t{0}, highest), std::memory_order_relaxed);

@@ -20,6 +20,9 @@ int64_t limit_level(int64_t ceiling);
 enum class Product { none, vectors, tiles };
 Product product_of(Dtype dtype);
 
+// Whether bfloat16 is multiplied by AMX tiles.
+bool multiplies_by_tiles();
+
 template <class Kernel>
 Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Kernel avx512) {
   switch (level()) {

@@ -188,7 +188,7 @@ struct AmxLateralConnection {
   LateralConnection call;
   AmxWeight weight;
   int64_t plane;  // scratch memory: bytes from 32 channels to the next
-  int64_t sums_at, places_at, start_at, scratch_bytes;
+  int64_t sums_at, places_at, top_places_at, scratch_bytes;
   bool in_place;  // whole tiles of the feature are read where they are
   bool fetches;   // the maps are too large for the caches
 };

@@ -10,11 +10,11 @@
 #include "amx_input.h"
 #include "amx_result.h"
 #include "amx_weight.h"
-#include "lateral_connection_start.h"
 
 namespace {
 
 using fpn::cpu::AmxLateralConnection;
+using fpn::cpu::LateralConnection;
 
 // Where a pixel of the block reads the top: the elements left and right of it in the rows above and below, and how much
 // the lower row and the right column weigh.
@@ -24,11 +24,11 @@ struct TopPlace {
 };
 static_assert(sizeof(TopPlace) == fpn::cpu::amx_top_place_bytes);
 
-// bias + top, a pixel's channels side by side.
 enum class Top { none, nearest, bilinear };
 
+// gain * (sums + bias + top), channels side by side in the top.
 template <Top kind>
-struct AddTopChannels {
+struct AddTop {
   const LateralConnection& call;
   const BFloat16* top;         // of this map
   const int64_t* nearest;      // by place
@@ -64,23 +64,6 @@ struct AddTopChannels {
       };
     }
   }
-  __m512 pixels(__m512 sums, int64_t, int64_t) const { return sums; }
-};
-
-// bias + top, a channel's pixels side by side: lines of `stride` pixels that start_nchw wrote.
-struct AddTopPixels {
-  const LateralConnection& call;
-  const float* start;
-  int64_t stride;
-
-  auto channels(int64_t) const {
-    return [](__m512 sums, int64_t) { return sums; };
-  }
-  __m512 pixels(__m512 sums, int64_t channel, int64_t place) const {
-    if (call.top.data == nullptr) return _mm512_add_ps(sums, _mm512_set1_ps(call.bias[channel]));
-    sums = _mm512_add_ps(sums, _mm512_loadu_ps(start + channel * stride + place));
-    return _mm512_mul_ps(sums, _mm512_set1_ps(static_cast<float>(call.gain)));
-  }
 };
 
 struct PixelBlock {
@@ -108,12 +91,6 @@ void copy_block(const AmxLateralConnection& all, const PixelBlock& block, std::b
   }
 }
 
-inline TopPlace top_place(const LateralConnection& call, int64_t y, int64_t x) {
-  const int64_t above = call.rows.lower[y] * call.top.stride_y, left = call.columns.lower[x] * call.top.stride_x;
-  const int64_t below = call.rows.upper[y] * call.top.stride_y, right = call.columns.upper[x] * call.top.stride_x;
-  return {above + left, above + right, below + left, below + right, call.rows.weight[y], call.columns.weight[x]};
-}
-
 // Where the pixels lie in the result.
 void find_places(const LateralConnection& call, const PixelBlock& block, int64_t* places) {
   for (int64_t i = 0; i < block.count; ++i) {
@@ -124,28 +101,39 @@ void find_places(const LateralConnection& call, const PixelBlock& block, int64_t
 }
 
 // What they read of the top.
-template <class Place>
-void find_top_places(const LateralConnection& call, const PixelBlock& block, Place* places) {
-  for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t y = (block.first + i) / call.width, x = (block.first + i) % call.width;
-    if constexpr (sizeof(Place) == sizeof(TopPlace)) {
-      places[i] = top_place(call, y, x);
-    } else {
-      places[i] = call.rows.lower[y] * call.top.stride_y + call.columns.lower[x] * call.top.stride_x;
-    }
-  }
+inline void read_place(const LateralConnection& call, int64_t y, int64_t x, int64_t& place) {
+  place = call.rows.lower[y] * call.top.stride_y + call.columns.lower[x] * call.top.stride_x;
 }
 
-// The memory of a block: pixels one after the other in NHWC, a stretch a channel in NCHW.
+inline void read_place(const LateralConnection& call, int64_t y, int64_t x, TopPlace& place) {
+  const int64_t above = call.rows.lower[y] * call.top.stride_y, left = call.columns.lower[x] * call.top.stride_x;
+  const int64_t below = call.rows.upper[y] * call.top.stride_y, right = call.columns.upper[x] * call.top.stride_x;
+  place = {above + left, above + right, below + left, below + right, call.rows.weight[y], call.columns.weight[x]};
+}
+
+template <class Place>
+Place* find_top_places(const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch) {
+  Place* places = reinterpret_cast<Place*>(scratch + all.top_places_at);
+  for (int64_t i = 0; i < block.count; ++i) {
+    read_place(all.call, (block.first + i) / all.call.width, (block.first + i) % all.call.width, places[i]);
+  }
+  return places;
+}
+
+// The memory of a block: pixels one after the other, or a stretch a channel.
 Area area_of(const fpn::Map& map, int64_t channels, const PixelBlock& block) {
   const auto* first = static_cast<const uint16_t*>(map.data) + block.n * map.stride_n + block.first * map.stride_x;
-  if (map.stride_c == 1) return {first, 0, 1, block.count * channels * 2};
-  return {first, map.stride_c * 2, channels, block.count * 2};
+  if (map.stride_c == 1) return {first, 0, 1, block.count * channels * 2, false};
+  return {first, map.stride_c * 2, channels, block.count * 2, false};
 }
 
 void fetch_block(const AmxLateralConnection& all, const PixelBlock& block, Fetcher& fetcher) {
   const LateralConnection& call = all.call;
   fetcher.add(area_of(call.feature, call.cin, block));
+  if (call.out.stride_c != 1) {
+    const auto* first = static_cast<const uint16_t*>(call.out.data) + block.n * call.out.stride_n + block.first;
+    fetcher.add({first, call.out.stride_c * 2, call.cout, block.count * 2, true});
+  }
   if (call.top.data == nullptr) return;
   const int64_t last = block.first + block.count - 1;
   const int64_t above = call.rows.lower[block.first / call.width], below = call.rows.lower[last / call.width];
@@ -196,28 +184,17 @@ void multiply_block(
 
 void merge_block(const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch, Fetcher& fetcher) {
   const LateralConnection& call = all.call;
-  if (!call.channels_last) {
-    float* start = reinterpret_cast<float*>(scratch + all.start_at);
-    // Lines of whole tiles; the room for the copied pixels holds the lines of the start before that.
-    const int64_t stride = (call.block + tile_pixels - 1) / tile_pixels * tile_pixels;
-    if (call.top.data != nullptr) start_nchw<BFloat16>(call, block.n, block.first, block.count, start, stride, scratch);
-    copy_block(all, block, scratch);
-    return multiply_block(all, block, scratch, AddTopPixels{call, start, stride}, fetcher);
-  }
   copy_block(all, block, scratch);
   if (call.top.data == nullptr) {
-    return multiply_block(all, block, scratch, AddTopChannels<Top::none>{call, nullptr, nullptr, nullptr}, fetcher);
+    return multiply_block(all, block, scratch, AddTop<Top::none>{call, nullptr, nullptr, nullptr}, fetcher);
   }
   const auto* top = static_cast<const BFloat16*>(call.top.data) + block.n * call.top.stride_n;
   if (call.bilinear) {
-    auto* places = reinterpret_cast<TopPlace*>(scratch + all.start_at);
-    find_top_places(call, block, places);
-    const AddTopChannels<Top::bilinear> add{call, top, nullptr, places};
+    const AddTop<Top::bilinear> add{call, top, nullptr, find_top_places<TopPlace>(all, block, scratch)};
     return multiply_block(all, block, scratch, add, fetcher);
   }
-  auto* places = reinterpret_cast<int64_t*>(scratch + all.start_at);
-  find_top_places(call, block, places);
-  multiply_block(all, block, scratch, AddTopChannels<Top::nearest>{call, top, places, nullptr}, fetcher);
+  const AddTop<Top::nearest> add{call, top, find_top_places<int64_t>(all, block, scratch), nullptr};
+  multiply_block(all, block, scratch, add, fetcher);
 }
 
 }  // namespace

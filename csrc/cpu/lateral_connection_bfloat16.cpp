@@ -30,16 +30,13 @@ void choose_blocks(AmxLateralConnection& all, int64_t batch) {
   const int64_t line = divide_up(divide_up(pixels, divide_up(units, batch)), amx_tile_pixels) * amx_tile_pixels;
   call.block = line;
   call.blocks = divide_up(pixels, line);
-  // The room for the pixels also holds three lines of the width of either map: see start_nchw.
-  const int64_t lines = 3 * line_bytes(std::max(call.width, call.top.width), sizeof(float));
   all.in_place = may_read_in_place(call);
   all.fetches = pixels * call.cin * 2 >= streaming_bytes;
   all.plane = line * amx_pixel_bytes;
-  all.sums_at = std::max(all.plane * all.weight.chunks, call.channels_last ? 0 : lines);
+  all.sums_at = all.plane * all.weight.chunks;
   all.places_at = all.sums_at + 2 * amx_sums_bytes;
-  all.start_at = all.places_at + line_bytes(line + amx_tile_pixels, sizeof(int64_t));
-  const int64_t start = call.channels_last ? call.block * amx_top_place_bytes : call.cout * line * 4;
-  all.scratch_bytes = all.start_at + line_bytes(start, 1);
+  all.top_places_at = all.places_at + line_bytes(line + amx_tile_pixels, sizeof(int64_t));
+  all.scratch_bytes = all.top_places_at + line_bytes(line, amx_top_place_bytes);
 }
 
 }  // namespace
@@ -57,10 +54,9 @@ bool lateral_connection_bfloat16(
   call.dtype = Dtype::bfloat16;
   call.feature = map_of(feature);
   call.out = result_of(out);
-  call.channels_last = call.out.stride_x != 1 || call.out.stride_c == 1;
   if (top.has_value()) {
     call.top = map_of(*top);
-    if ((call.channels_last ? call.top.stride_c : call.top.stride_x) != 1) return false;
+    if (call.top.stride_c != 1) return false;
   }
   call.height = call.feature.height;
   call.width = call.feature.width;

@@ -20,9 +20,6 @@ struct AddBias {
   auto channels(int64_t channel) const {
     return [values = _mm512_loadu_ps(bias + channel)](__m512 sums, int64_t) { return _mm512_add_ps(sums, values); };
   }
-  __m512 pixels(__m512 sums, int64_t channel, int64_t) const {
-    return _mm512_add_ps(sums, _mm512_set1_ps(bias[channel]));
-  }
 };
 
 struct Block {

@@ -101,10 +101,15 @@ def _accumulate(
             torch.addmm(start_value, left, right, alpha=gain, out=target)
 
 
+def _multiplies_by_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and bool(torch.ops.fpn_kernels_native.multiplies_by_tiles.default())
+
+
 def _side_by_side(top: Tensor, out_format: torch.memory_format) -> Tensor:
-    """The top as the library's own product reads it: channels or pixels side by side, as in the result."""
-    dimension = 1 if out_format == torch.channels_last else 3
-    return top if top.stride(dimension) == 1 else reorder(top, out_format)
+    """The top as the library's own product reads it: channels side by side by tiles, else as in the result."""
+    nhwc = torch.channels_last
+    wanted = nhwc if _multiplies_by_tiles(top.dtype) else out_format
+    return top if top.stride(1 if wanted == nhwc else 3) == 1 else reorder(top, wanted)
 
 
 def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format) -> bool:
@@ -181,6 +186,8 @@ def output_conv(
     """
     out_format = requested_format(feature, memory_format)
     if feature.dtype != torch.float64:
+        if feature.dtype == torch.bfloat16 and convolution.is_large(feature):
+            feature = _in_layout(feature, convolution.fastest_format("cpu", feature.dtype))
         out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
         if torch.ops.fpn_kernels_native.output_conv.default(feature, weight, bias, out):
             return out
