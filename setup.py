@@ -142,6 +142,26 @@ def torch_has_cuda() -> bool:
     return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
 
 
+def cuda_mismatch() -> str | None:
+    """What to know where nvcc and torch are of different CUDA versions, or None.
+
+    The library links nvcc's runtime statically, so the two do not meet; but a runtime needs a driver of its own major
+    version, and the one that serves this torch may be older.
+    """
+    tool, directory = nvcc(), torch_directory()
+    if tool is None or directory is None:
+        return None
+    version = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    ours = re.search(r"release (\d+)\.\d+", version)
+    torchs = re.search(r"^cuda\b.*=\s*['\"](\d+)\.\d+", (directory / "version.py").read_text(), re.MULTILINE)
+    if ours is None or torchs is None or ours[1] == torchs[1]:
+        return None
+    return (
+        f"nvcc is of CUDA {ours[1]} and this torch of CUDA {torchs[1]}: the kernels for CUDA need a driver that serves"
+        f" CUDA {ours[1]}, and without one Triton or PyTorch serves; CUDA_HOME names an nvcc of CUDA {torchs[1]}"
+    )
+
+
 def cuda_left_out() -> str | None:
     """Why the kernels for CUDA cannot be built here, or are not wanted; or None."""
     wanted = os.environ.get("FORCE_CUDA")
@@ -309,6 +329,8 @@ class BuildNative(build_ext):
         kinds = f"the CPU ({', '.join(LEVELS)})"
         if without_cuda is None:
             report(f"built the compiled library for {kinds} and CUDA ({', '.join(architectures())})")
+            if (mismatch := cuda_mismatch()) is not None:
+                report(mismatch)
         else:
             report(f"built the compiled library for {kinds}")
             report(f"left out the kernels for CUDA: {without_cuda}")
