@@ -96,7 +96,7 @@ $(VENV)/.docs: $(READY)
 
 # Strict: a link to nothing, a page that is in no menu, or a name that is not there ends it.
 docs: $(DOCS_READY)
-	$(PY) -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 	@echo 'site/index.html'
 
 # The wheel from the source distribution, not from here: what that lacks shows.

@@ -20,7 +20,12 @@ INCLUDED = {
 }
 _PAGES = {document: page for page, document in INCLUDED.items()}
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+# Code is matched first, and left as it is: `blocks[0](x)` is no link.
+_CODE_OR_LINK = re.compile(
+    r"^```.*?^```|^ {4}.*?$|`[^`\n]+`"
+    r"|(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 def rewritten(markdown: str, document: str, page: str) -> str:
@@ -33,6 +38,8 @@ def rewritten(markdown: str, document: str, page: str) -> str:
     """
 
     def link(match: re.Match[str]) -> str:
+        if match["target"] is None:
+            return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(document), match["target"]))
         found = _PAGES.get(target)
         if found is None and target.startswith("docs/"):
@@ -42,7 +49,7 @@ def rewritten(markdown: str, document: str, page: str) -> str:
         relative = posixpath.relpath(found, posixpath.dirname(page) or ".")
         return f"[{match['text']}]({relative}{match['anchor'] or ''})"
 
-    return _LINK.sub(link, markdown)
+    return _CODE_OR_LINK.sub(link, markdown)
 
 
 def on_files(files: Files, config: Any) -> Files:
