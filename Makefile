@@ -12,11 +12,9 @@ ARGS ?=
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
-DOCS_READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-DOCS_READY := $(VENV)/.docs
 endif
 
 # A test that hangs ends after this many seconds, where pytest-timeout is installed.
@@ -90,12 +88,8 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-$(VENV)/.docs: $(READY)
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[docs]"
-	@touch $@
-
 # Strict: a link to nothing, a page that is in no menu, or a name that is not there ends it.
-docs: $(DOCS_READY)
+docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 	@echo 'site/index.html'
 
