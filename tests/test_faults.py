@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 import fpn_kernels
 from fpn_kernels import compatibility
 from fpn_kernels.backends import library_file, native
+from fpn_kernels.backends.triton import eligibility
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILT = pytest.mark.skipif(not native.LIBRARY.is_file(), reason="the compiled library was not built")
@@ -157,6 +159,58 @@ def test_importing_under_an_old_torch_raises_nothing_else() -> None:
 def test_what_is_asked_for_is_what_the_metadata_says() -> None:
     needed = ".".join(map(str, compatibility.OLDEST_TORCH))
     assert f'dependencies = ["torch>={needed}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.fixture
+def bare(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """A machine with a GPU and Triton, without C compilers on the PATH, and a cache of Triton's that is empty."""
+    monkeypatch.setattr(eligibility, "_triton_version", lambda: "3.7.0")
+    monkeypatch.setattr(eligibility, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(eligibility.sysconfig, "get_path", lambda name, scheme: str(tmp_path / "include"))
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    eligibility._cannot_build.cache_clear()
+    yield tmp_path
+    eligibility._cannot_build.cache_clear()
+
+
+def _with_gcc(place: pathlib.Path) -> None:
+    (place / "bin").mkdir()
+    (place / "bin" / "gcc").write_text("#!/bin/sh\n")
+    (place / "bin" / "gcc").chmod(0o755)
+
+
+def test_triton_without_a_c_compiler_is_passed_over_and_says_so(bare: pathlib.Path) -> None:
+    """It would fail at its first launch, in the middle of a network."""
+    assert "needs a C compiler to launch kernels: install gcc or clang, or set CC" in str(eligibility.unavailable())
+    assert "triton" not in fpn_kernels.available_backends()
+
+
+def test_triton_with_a_c_compiler_serves(bare: pathlib.Path) -> None:
+    _with_gcc(bare)
+    assert eligibility.unavailable() is None
+
+
+def test_triton_without_the_headers_of_python_says_so(bare: pathlib.Path) -> None:
+    _with_gcc(bare)
+    (bare / "include" / "Python.h").unlink()
+    assert f"{bare}/include/Python.h is not there" in str(eligibility.unavailable())
+
+
+def test_triton_needs_no_compiler_where_it_has_compiled_before(bare: pathlib.Path) -> None:
+    (bare / "cache" / "ABC").mkdir(parents=True)
+    (bare / "cache" / "ABC" / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
+    assert eligibility.unavailable() is None
+
+
+def test_a_compiler_that_is_named_is_tritons_matter(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/opt/some/compiler")
+    assert eligibility.unavailable() is None
 
 
 # ---- a read-only installation
