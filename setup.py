@@ -40,6 +40,7 @@ CSRC = ROOT / "csrc"
 
 # The library runs under this torch and every later one, whichever torch's headers it was built with.
 TORCH_TARGET_VERSION = "0x020a000000000000"
+OLDEST_TORCH = (2, 10)
 
 COMMON_FLAGS = [
     "-std=c++17",
@@ -88,6 +89,18 @@ def torch_directory() -> pathlib.Path | None:
     """Where torch is installed, without importing it."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else pathlib.Path(spec.origin).parent
+
+
+def torch_too_old() -> str | None:
+    """That the torch here has no stable ABI of the version that is compiled against, without importing it; or None."""
+    directory = torch_directory()
+    version = None if directory is None else directory / "version.py"
+    if version is None or not version.is_file():
+        return None
+    found = re.search(r"^__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", version.read_text(), re.MULTILINE)
+    if found is None or (int(found[2]), int(found[3])) >= OLDEST_TORCH:
+        return None
+    return f"torch {found[1]} is older than {'.'.join(map(str, OLDEST_TORCH))}, which the library needs"
 
 
 def compiler() -> list[str] | None:
@@ -357,7 +370,7 @@ class Wheel(bdist_wheel):
 def main() -> None:
     """Runs setuptools, with the compiled library where it can be built."""
     options: dict[str, Any] = {"cmdclass": {"build_ext": BuildNative, "bdist_wheel": Wheel}}
-    reason = left_out()
+    reason = left_out() or torch_too_old()
     if reason is None:
         # Optional: an editable installation goes on where the build failed.
         options["ext_modules"] = [Extension("fpn_kernels._native", sources=[], optional=True)]

@@ -14,6 +14,7 @@ import pytest
 import setuptools
 from building import ROOT, setup_module
 
+from fpn_kernels import compatibility
 from fpn_kernels.backends import native
 from fpn_kernels.version import __version__
 
@@ -195,9 +196,42 @@ def test_an_nvcc_of_another_major_version_is_told(
     assert said is None if expected is None else expected in said
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.4.0", "torch 2.4.0 is older than 2.10, which the library needs"),
+        ("2.9.1+cu128", "torch 2.9.1+cu128 is older than 2.10, which the library needs"),
+        ("2.10.0a0+gitabc", None),
+        ("3.0.0", None),
+    ],
+)
+def test_a_build_with_an_old_torch_leaves_the_library_out(
+    version: str, expected: str | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its compilation would fail, in many lines, at the first header that the old torch does not have."""
+    module = setup_module()
+    (tmp_path / "version.py").write_text(f"from typing import Optional\n__version__ = '{version}'\ncuda = None\n")
+    monkeypatch.setattr(module, "torch_directory", lambda: tmp_path)
+    assert module.torch_too_old() == expected
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(module, "setup", seen.update)
+    monkeypatch.setattr(module, "left_out", lambda: None)
+    monkeypatch.setattr(module, "report", lambda message: seen.update(said=message))
+    module.main()
+    assert ("ext_modules" in seen) == (expected is None)
+    assert seen.get("said") == (None if expected is None else f"left out the compiled library: {expected}")
+
+
+def test_all_ask_for_the_same_torch() -> None:
+    module = setup_module()
+    major, minor = module.OLDEST_TORCH
+    assert (major, minor) == compatibility.OLDEST_TORCH
+    assert f"0x{major:02x}{minor:02x}000000000000" == module.TORCH_TARGET_VERSION
+
+
 @pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 @pytest.mark.skipif(setup_module().left_out() is not None, reason=f"cannot build here: {setup_module().left_out()}")
-def test_a_build_with_such_an_nvcc_goes_on_and_says_so(
+def test_a_build_with_an_nvcc_of_another_version_goes_on_and_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     module = setup_module()
