@@ -29,7 +29,7 @@ ECOSYSTEM ?= torch==2.12.1 torchvision==0.27.1 segmentation-models-pytorch==0.6.
 	mmcv-lite==2.1.0 mmengine==0.10.7 scipy shapely six terminaltables
 ECOSYSTEM_NO_DEPENDENCIES ?= mmdet==3.3.0
 
-.PHONY: help build test test-ecosystem bench sanitize lint format clean
+.PHONY: help build test test-ecosystem bench sanitize lint format docs dist clean
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
@@ -39,6 +39,8 @@ help:
 	@echo 'make sanitize  the operator tests on the compiled library with sanitizers'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  rewrites the sources as `make lint` wants them'
+	@echo 'make docs    the documents as a site, in site/'
+	@echo 'make dist    the source distribution, and a wheel made from it, in dist/'
 	@echo 'make clean   removes what the other commands made'
 	@echo 'With PYTHON=python3 VENV= each runs in the Python at hand. ARGS="..." is passed on.'
 
@@ -86,6 +88,18 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# Strict: a link to nothing, a page that is in no menu, or a name that is not there ends it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'site/index.html'
+
+# The wheel from the source distribution, not from here: what that lacks shows.
+dist: $(READY)
+	rm -rf dist
+	$(PY) setup.py --quiet sdist
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@ls dist
+
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
+	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -40,6 +40,7 @@ CSRC = ROOT / "csrc"
 
 # The library runs under this torch and every later one, whichever torch's headers it was built with.
 TORCH_TARGET_VERSION = "0x020a000000000000"
+OLDEST_TORCH = (2, 10)
 
 COMMON_FLAGS = [
     "-std=c++17",
@@ -90,6 +91,18 @@ def torch_directory() -> pathlib.Path | None:
     """Where torch is installed, without importing it."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else pathlib.Path(spec.origin).parent
+
+
+def torch_too_old() -> str | None:
+    """That the torch here has no stable ABI of the version that is compiled against, without importing it; or None."""
+    directory = torch_directory()
+    version = None if directory is None else directory / "version.py"
+    if version is None or not version.is_file():
+        return None
+    found = re.search(r"^__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", version.read_text(), re.MULTILINE)
+    if found is None or (int(found[2]), int(found[3])) >= OLDEST_TORCH:
+        return None
+    return f"torch {found[1]} is older than {'.'.join(map(str, OLDEST_TORCH))}, which the library needs"
 
 
 def compiler() -> list[str] | None:
@@ -151,6 +164,26 @@ def torch_has_cuda() -> bool:
     directory = torch_directory()
     version = None if directory is None else directory / "version.py"
     return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def cuda_mismatch() -> str | None:
+    """What to know where nvcc and torch are of different CUDA versions, or None.
+
+    The library links nvcc's runtime statically, so the two do not meet; but a runtime needs a driver of its own major
+    version, and the one that serves this torch may be older.
+    """
+    tool, directory = nvcc(), torch_directory()
+    if tool is None or directory is None:
+        return None
+    version = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    ours = re.search(r"release (\d+)\.\d+", version)
+    torchs = re.search(r"^cuda\b.*=\s*['\"](\d+)\.\d+", (directory / "version.py").read_text(), re.MULTILINE)
+    if ours is None or torchs is None or ours[1] == torchs[1]:
+        return None
+    return (
+        f"nvcc is of CUDA {ours[1]} and this torch of CUDA {torchs[1]}: the kernels for CUDA need a driver that serves"
+        f" CUDA {ours[1]}, and without one Triton or PyTorch serves; CUDA_HOME names an nvcc of CUDA {torchs[1]}"
+    )
 
 
 def cuda_left_out() -> str | None:
@@ -325,6 +358,8 @@ class BuildNative(build_ext):
         kinds = f"the CPU ({', '.join(LEVELS)})"
         if without_cuda is None:
             report(f"built the compiled library for {kinds} and CUDA ({', '.join(architectures())})")
+            if (mismatch := cuda_mismatch()) is not None:
+                report(mismatch)
         else:
             report(f"built the compiled library for {kinds}")
             report(f"left out the kernels for CUDA: {without_cuda}")
@@ -351,7 +386,7 @@ class Wheel(bdist_wheel):
 def main() -> None:
     """Runs setuptools, with the compiled library where it can be built."""
     options: dict[str, Any] = {"cmdclass": {"build_ext": BuildNative, "bdist_wheel": Wheel}}
-    reason = left_out()
+    reason = left_out() or torch_too_old()
     if reason is None:
         # Optional: an editable installation goes on where the build failed.
         options["ext_modules"] = [Extension("fpn_kernels._native", sources=[], optional=True)]

@@ -1,5 +1,8 @@
 """Fused kernels for Feature Pyramid Networks, as torch operators with autograd."""
 
+# The first of all: it asks for the torch that the rest needs.
+from fpn_kernels import compatibility as compatibility  # isort: split
+
 from fpn_kernels import reference
 from fpn_kernels.backends.selection import available_backends, use_backend
 from fpn_kernels.diagnostics import explain

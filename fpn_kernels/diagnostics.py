@@ -40,15 +40,19 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         **kwargs: the call's keyword arguments.
 
     Returns:
-        An `Explanation` with `operator`, `backend` and `refusals`; ``print`` it.
+        An `Explanation` with `operator`, `backend`, `refusals` and `forced`; ``print`` it.
 
     Raises:
         ValueError: there is no such operator; or the arguments, or a forced backend, do not fit (as the call would).
         TypeError: as the call would.
 
-    Example::
+    Cost:
+        Moves no bytes and launches nothing; calls of other threads go on as ever.
 
+    Example:
+        ```python
         print(fpn_kernels.explain("upsample_add", top, lateral))
+        ```
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", None)
     if name in COMPOSED:

@@ -48,8 +48,7 @@ def _operators() -> Any:
 def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
     """Upsamples the coarser map to the size of the finer one and adds them, in one pass over memory.
 
-    ``out = gain * (lateral + F.interpolate(top, size=(H, W), mode=mode))``, the merge of the top-down pathway
-    (Feature Pyramid Networks, arXiv 1612.03144, figure 3).
+    ``out = gain * (lateral + F.interpolate(top, size=(H, W), mode=mode))``, the merge of the top-down pathway.
 
     Args:
         top: the coarser map ``[N, C, h, w]``; h, w >= 1.  The ratio to ``H, W`` need not be 2, whole, or above 1.
@@ -64,15 +63,20 @@ def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: f
         ``[N, C, H, W]``, dtype of `lateral`, dense; NHWC where `lateral`'s strides are NHWC, else NCHW.  Sums are
         carried in float32 (float64 for float64) and rounded once.
 
-    Supports float16, bfloat16, float32 and float64, any strides, autograd (twice; the backward is the exact adjoint,
-    deterministic), `torch.compile` and `torch.export`.  Under autocast it runs in the autocast dtype, where eager
-    would upsample in float32.
-
-    Moves ``(N C h w + 2 N C H W)`` elements.
-
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, a device or `mode` does not fit; or a forced backend cannot serve the call.
+
+    Dtypes and layout:
+        float16, bfloat16, float32 and float64; NCHW, NHWC or any other strides.  Differentiable twice: the backward is
+        the exact adjoint, deterministic.  Serves `torch.compile` and `torch.export`.  Under autocast it runs in the
+        autocast dtype, where eager would upsample in float32.
+
+    Cost:
+        ``(2 N C H W + N C h w) itemsize`` bytes, an addition an element.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, figure 3; the resize is `torch.nn.functional.interpolate`'s.
     """
     _require_tensor("top", top)
     _require_tensor("lateral", lateral)
@@ -94,7 +98,7 @@ def lateral_connection(
     """The 1x1 lateral convolution, its bias and the merge with the coarser map as one operation.
 
     ``out = gain * (conv1x1(feature, weight) + bias + F.interpolate(top, size=(H, W), mode=mode))``; without `top`,
-    the convolution alone and no gain (Feature Pyramid Networks, arXiv 1612.03144, figure 3).
+    the convolution alone and no gain.
 
     Args:
         feature: the backbone's map ``[N, Cin, H, W]``.
@@ -110,16 +114,23 @@ def lateral_connection(
         ``[N, Cout, H, W]``, dtype of `feature`, dense.  Products are summed in float32 (float64 for float64);
         float32 on CUDA follows PyTorch's own precision switch for convolutions.
 
-    All tensors share one dtype (float16, bfloat16, float32, float64) and one device.  Differentiable twice; only the
-    gradients asked for are computed, deterministically.  Under autocast it runs in the autocast dtype.
-
-    Takes ``2 N H W Cin Cout`` operations, and moves ``N H W (Cin + Cout) + N Cout h w`` elements and the weight where
-    the fused kernel serves.
-
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, a device, `mode` or `memory_format` does not fit; or a forced backend cannot serve the
             call.
+
+    Dtypes and layout:
+        All tensors share one dtype (float16, bfloat16, float32, float64) and one device; NCHW, NHWC or any other
+        strides.  Differentiable twice; only the gradients asked for are computed, deterministically.  Serves
+        `torch.compile` and `torch.export`.  Under autocast it runs in the autocast dtype.
+
+    Cost:
+        ``(N H W (Cin + Cout) + Cin Cout + Cout + N Cout h w) itemsize`` bytes where the fused kernel serves (`explain`
+        tells), and ``2 N H W Cin Cout`` operations.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, figure 3; `torch.nn.functional.conv2d` and
+        `torch.nn.functional.interpolate`.
     """
     _require_tensor("feature", feature)
     _require_tensor("weight", weight)
@@ -142,7 +153,7 @@ def output_conv(
 ) -> Tensor:
     """The 3x3 convolution (stride 1, padding 1) and its bias, which turn a merged map into an output map.
 
-    ``out = F.conv2d(feature, weight, bias, padding=1)`` (Feature Pyramid Networks, arXiv 1612.03144, section 3).
+    ``out = F.conv2d(feature, weight, bias, padding=1)``.
 
     Args:
         feature: the merged map ``[N, Cin, H, W]``.
@@ -155,14 +166,21 @@ def output_conv(
         ``[N, Cout, H, W]``, dtype of `feature`, dense.  Products are summed in float32 (float64 for float64);
         float32 on CUDA follows PyTorch's own precision switch for convolutions.
 
-    All tensors share one dtype (float16, bfloat16, float32, float64) and one device.  Differentiable twice; only the
-    gradients asked for are computed.  Under autocast it runs in the autocast dtype.
-
-    Takes ``18 N H W Cin Cout`` operations.
-
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, a device or `memory_format` does not fit; or a forced backend cannot serve the call.
+
+    Dtypes and layout:
+        All tensors share one dtype (float16, bfloat16, float32, float64) and one device; NCHW, NHWC or any other
+        strides.  Differentiable twice; only the gradients asked for are computed.  Serves `torch.compile` and
+        `torch.export`.  Under autocast it runs in the autocast dtype.
+
+    Cost:
+        At least ``(N H W (Cin + Cout) + 9 Cin Cout + Cout) itemsize`` bytes, and ``18 N H W Cin Cout`` operations
+        by the formula above (a kernel by Winograd's filtering takes fewer).
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, section 3; `torch.nn.functional.conv2d`.
     """
     _require_tensor("feature", feature)
     _require_tensor("weight", weight)
@@ -229,7 +247,7 @@ def top_down_pathway(
 ) -> tuple[Tensor, ...]:
     """Lateral connections from the coarsest level to the finest, each merged with the one above it.
 
-    The same numbers as chained `lateral_connection` calls (Feature Pyramid Networks, arXiv 1612.03144, section 3).
+    The same numbers as chained `lateral_connection` calls, with one gradient formula for all of them.
 
     Args:
         features: the backbone's maps, finest first (C2..C5): ``[N, Cin_l, H_l, W_l]`` each, of any sizes.
@@ -240,12 +258,24 @@ def top_down_pathway(
         memory_format: layout of every result, as in `lateral_connection`.
 
     Returns:
-        The merged maps, finest first (M2..M5): ``[N, Cout, H_l, W_l]`` each.
+        The merged maps, finest first (M2..M5): ``[N, Cout, H_l, W_l]`` each, of the dtype of the features.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype (the message names the level).
-        ValueError: a shape, a device, `mode` or `memory_format` does not fit.  All levels are checked before the
-            first is computed.
+        ValueError: a shape, a device, `mode` or `memory_format` does not fit; or a forced backend cannot serve a
+            level.  All levels are checked before the first is computed.
+
+    Dtypes and layout:
+        As in `lateral_connection`: float16, bfloat16, float32 and float64; NCHW, NHWC or any other strides, which may
+        differ from level to level.  Differentiable twice; the gradient that comes down the pathway is added to a
+        level's own where it is gathered.
+
+    Cost:
+        At least ``sum_l (N H_l W_l (Cin_l + Cout) + Cin_l Cout + Cout) itemsize`` bytes; a merged map that has left the
+        cache before the level below reads it is ``N Cout H_l W_l`` elements more.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, section 3.
     """
     _require_options(mode, gain)
     _require_memory_format(memory_format)
@@ -278,8 +308,8 @@ def weighted_merge(
 ) -> Tensor:
     """The weighted sum of two or three maps with learned, normalised weights, in one pass over memory.
 
-    ``out = sum_i w_i * resize(inputs[i])``, the weighted feature fusion of BiFPN (EfficientDet, arXiv 1911.09070,
-    section 3.3), where a top-down node merges its input with a coarser map, and a bottom-up node three of one size.
+    ``out = sum_i w_i * resize(inputs[i])``, the weighted feature fusion of BiFPN, where a top-down node merges its
+    input with a coarser map, and a bottom-up node three of one size.
 
     Args:
         inputs: two or three maps ``[N, C, h_i, w_i]`` of one dtype and device; h_i, w_i >= 1.  The first gives the
@@ -297,15 +327,21 @@ def weighted_merge(
         ``[N, C, H, W]``, dense; NHWC where the first map's strides are NHWC, else NCHW.  Weights are normalised, and
         products summed, in float32 (float64 for float64 maps); the sum is rounded once.
 
-    Supports float16, bfloat16, float32 and float64, any strides, autograd (twice; deterministic; the weights included),
-    `torch.compile` and `torch.export`.  Under autocast the maps are cast to the autocast dtype.
-
-    Moves ``(sum_i N C h_i w_i + N C H W)`` elements.
-
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: the number of maps, a shape, a device, `normalization`, `eps` or `mode` does not fit; or a forced
             backend cannot serve the call.
+
+    Dtypes and layout:
+        float16, bfloat16, float32 and float64; NCHW, NHWC or any other strides.  Differentiable twice, the weights
+        included, deterministically.  Serves `torch.compile` and `torch.export`.  Under autocast the maps are cast to
+        the autocast dtype.
+
+    Cost:
+        ``(sum_i N C h_i w_i + N C H W) itemsize`` bytes, and a few for the weights.
+
+    Source:
+        EfficientDet, arXiv 1911.09070, section 3.3.
     """
     _require_levels("inputs", inputs)
     if len(inputs) not in (2, 3):

@@ -19,7 +19,7 @@ def assign_levels(
 ) -> Tensor:
     """Assigns each box to a level: ``floor(canonical_level + log2(sqrt(w h) / canonical_size))``, clamped.
 
-    Equation 1 of Feature Pyramid Networks (arXiv 1612.03144).  With s = sqrt(w h), k0 and s0 the canonical level and
+    With s = sqrt(w h), k0 and s0 the canonical level and
     size, and kmin the first of `levels`, the conventions are
 
     - ``"torchvision"``: ``floor(k0 + log2(s / s0) + 1e-6)``
@@ -42,6 +42,17 @@ def assign_levels(
         TypeError: an argument is of the wrong type.
         ValueError: `boxes` is not ``[K, 4]``, `levels` is not an ascending pair, `canonical_size` is not positive, or
             `convention` is unknown.
+
+    Dtypes and layout:
+        Boxes of any real dtype (float16, bfloat16, float32, float64, the integers) and any strides, on any device;
+        computed by PyTorch.  Not differentiable: a level is a whole number.
+
+    Cost:
+        ``16 K`` bytes of float32 boxes read and ``8 K`` bytes written, beside the temporaries of eager PyTorch.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, equation 1; the conventions are those of torchvision's
+        `MultiScaleRoIAlign`, Detectron2's `ROIPooler` and MMDetection's `SingleRoIExtractor`.
     """
     finest, coarsest = _check(boxes, levels, canonical_level, canonical_size, convention)
     corners = boxes.to(torch.float32)

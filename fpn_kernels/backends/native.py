@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.backends import convolution
+from fpn_kernels.backends import convolution, library_file
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.backends.selection import Backend, Implementation
 from fpn_kernels.resampling import MODES
@@ -26,6 +26,8 @@ LIBRARY = pathlib.Path(
     os.environ.get(ENVIRONMENT_VARIABLE) or pathlib.Path(__file__).resolve().parents[1] / "_native.so"
 )
 
+_CURE = "`make build`, or `pip install --no-build-isolation .`, builds it"
+
 # The numbers by which the library knows the modes.
 _MODE_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
 
@@ -34,11 +36,18 @@ _MODE_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
 def load_error() -> str | None:
     """Loads the library; why it cannot be used, or None."""
     if not LIBRARY.is_file():
-        return "the compiled library was not built"
+        return f"the compiled library was not built ({LIBRARY}); {_CURE}"
     try:
+        fault = library_file.fault(LIBRARY)
+        if fault is not None:
+            return f"the compiled library would not load: {LIBRARY}: {fault}; {_CURE}"
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the compiled library would not load: {error}"
+        return f"the compiled library would not load: {error}; {_CURE}"
+    # One that an earlier version of the sources left behind loads, and would fail at its first call.
+    missing = [name for name in _IMPLEMENTATIONS if not hasattr(torch.ops.fpn_kernels_native, name)]
+    if missing:
+        return f"the compiled library {LIBRARY} is of another version: it has no {', '.join(missing)}; {_CURE}"
     return None
 
 

@@ -126,7 +126,14 @@ def backends() -> tuple[Backend, ...]:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that work on this machine, in order of preference ("eager" is always the last)."""
+    """Names of the backends that work on this machine, in order of preference.
+
+    Returns:
+        Of "native", "triton" and "eager", those that are here; "eager" always is, and is the last.
+
+    Cost:
+        Moves no bytes.  The first call loads the compiled library and asks whether Triton and a GPU are there.
+    """
     return tuple(backend.name for backend in backends() if backend.unavailable() is None)
 
 
@@ -155,10 +162,17 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named
         ValueError: the backend is unknown or not on this machine (the message says why).  A call that a forced
             backend cannot serve raises the same, with the reason.
 
-    Example::
+    Cost:
+        Moves no bytes; sets one variable.
 
+    Source:
+        Used like `torch.set_grad_enabled`, and of the whole process like the flags of `torch.backends`.
+
+    Example:
+        ```python
         with fpn_kernels.use_backend("eager"):
             merged = fpn_kernels.upsample_add(top, lateral)
+        ```
     """
 
     def __init__(self, name: str | None) -> None:

@@ -11,6 +11,22 @@ class ExtraFPNBlock(nn.Module):
 
     A block is called once, after the output convolutions, with three lists in the order finest first, which
     it may extend in place (they are the network's own copies).
+
+    Shape:
+        The P maps ``[N, out_channels, H_l, W_l]`` and the C maps ``[N, in_channels_l, H_l, W_l]``, to the P maps and
+        those added.
+
+    Raises:
+        NotImplementedError: the subclass has no ``forward``.
+
+    Dtypes and layout:
+        Those of the pyramid: float16, bfloat16, float32 or float64; NCHW or NHWC, each level as its C map.
+
+    Cost:
+        That of the subclass, in bytes and operations: what it computes is not fused.
+
+    Source:
+        torchvision's class of the same name, which serves as well.
     """
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -31,7 +47,23 @@ class LastLevelMaxPool(ExtraFPNBlock):
     """P6 for Faster R-CNN: every second pixel of the coarsest map (max-pooling with kernel 1 and stride 2).
 
     The new map is named "pool", as in torchvision.  It is used for the anchors of the largest boxes only and
-    has no parameters (section 4.1 of arXiv 1612.03144, footnote).
+    has no parameters.
+
+    Shape:
+        P5 ``[N, C, H, W]`` to P6 ``[N, C, ceil(H / 2), ceil(W / 2)]``.
+
+    Raises:
+        RuntimeError: the coarsest map is empty (PyTorch's own message).
+
+    Dtypes and layout:
+        Those of P5: float16, bfloat16, float32 or float64; NCHW or NHWC.
+
+    Cost:
+        ``2 N C ceil(H / 2) ceil(W / 2) itemsize`` bytes.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, section 4.1, footnote; torchvision's class of the same name;
+        `torch.nn.functional.max_pool2d`.
     """
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -42,7 +74,7 @@ class LastLevelMaxPool(ExtraFPNBlock):
 
 
 class LastLevelP6P7(ExtraFPNBlock):
-    """P6 and P7 for RetinaNet: 3x3 convolutions with stride 2, ``p7 = conv(relu(p6))`` (arXiv 1708.02002).
+    """P6 and P7 for RetinaNet: 3x3 convolutions with stride 2, ``p7 = conv(relu(p6))``.
 
     P6 is computed from P5 where ``in_channels == out_channels``, else from C5, as in torchvision;
     Detectron2's block "from res5" is ``LastLevelP6P7(2048, 256)``.
@@ -50,6 +82,22 @@ class LastLevelP6P7(ExtraFPNBlock):
     Args:
         in_channels: channels of the map that P6 is computed from.
         out_channels: channels of P6 and P7.
+
+    Shape:
+        A map ``[N, in_channels, H, W]`` to P6 ``[N, out_channels, ceil(H / 2), ceil(W / 2)]``; P7 has half its sides.
+
+    Raises:
+        RuntimeError: the map has another number of channels (PyTorch's own message).
+
+    Dtypes and layout:
+        Those of the parameters: float16, bfloat16, float32 or float64; NCHW or NHWC.
+
+    Cost:
+        PyTorch's own convolutions: at least the map, the weights, P6 and P7 once, and P6 once more to read it, in bytes
+        ``(N Cin H W + 9 Cin C + 9 C C + 2 C + 2 N C H W / 4 + N C H W / 16) itemsize``.
+
+    Source:
+        Focal Loss for Dense Object Detection, arXiv 1708.02002; torchvision's class of the same name.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

@@ -14,7 +14,7 @@ from fpn_kernels.resampling import MODES
 
 
 class FeaturePyramidNetwork(nn.Module):
-    """Feature Pyramid Network (arXiv 1612.03144) with torchvision's constructor, call and checkpoints.
+    """Feature Pyramid Network with torchvision's constructor, call and checkpoints.
 
     Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1
     convolution `inner_l` and a 3x3 convolution `layer_l`.  The whole top-down pathway is one fused call where
@@ -23,12 +23,6 @@ class FeaturePyramidNetwork(nn.Module):
     where the parameters are 16-bit; done anew at each call, so that no edit is missed).  Any other norm, and
     BatchNorm in training, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
     carries hooks or was replaced (by a LoRA adapter, a quantised convolution): it is called as it is.
-
-    Every output map has the layout of the feature map of its level.  The merged maps in between may have another
-    where this machine's output convolutions are faster in it.
-
-    Under autocast the fused calls run in the autocast dtype with float32 sums; eager would resample, and from
-    there on carry the pathway, in float32.
 
     Args:
         in_channels_list: channels of each feature map, finest first.
@@ -40,14 +34,34 @@ class FeaturePyramidNetwork(nn.Module):
             or "bilinear".
         fuse_type: "sum", or "avg" for half the sum (Detectron2's option).
 
+    Shape:
+        One map ``[N, in_channels_list[l], H_l, W_l]`` a level, finest first, to one ``[N, out_channels, H_l, W_l]`` a
+        level, and those of the extra block.  Any sizes: a level is resized to the one it is added to.
+
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the message.
+        TypeError: an argument of the wrong type, named in the message.
+        ValueError: an argument of the wrong value, named in the message.
 
-    Example::
+    Dtypes and layout:
+        float16, bfloat16, float32 and float64.  Every output map has the layout, NCHW or NHWC, of the feature map of
+        its level.  The merged maps in between may have another where this machine's output convolutions are faster in
+        it.  Under autocast the fused calls run in the autocast dtype with float32 sums; eager would resample, and from
+        there on carry the pathway, in float32.
 
-        fpn = FeaturePyramidNetwork([256, 512, 1024, 2048], 256, LastLevelMaxPool())
-        fpn.load_state_dict(torchvision_fpn.state_dict())
-        pyramid = fpn({"0": c2, "1": c3, "2": c4, "3": c5})  # keys "0", "1", "2", "3", "pool"
+    Cost:
+        At least ``sum_l (N H_l W_l (Cin_l + Cout) + Cin_l Cout + 9 Cout Cout + 2 Cout) itemsize`` bytes, and
+        ``sum_l N H_l W_l (2 Cin_l Cout + 18 Cout Cout)`` operations; the merged maps, written and read again between
+        the two convolutions, are ``2 N Cout H_l W_l`` elements a level more.
+
+    Source:
+        Feature Pyramid Networks, arXiv 1612.03144, section 3; torchvision's class of the same name.
+
+    Example:
+        ```python
+        network = fpn_kernels.FeaturePyramidNetwork([256, 512, 1024, 2048], 256, fpn_kernels.LastLevelMaxPool())
+        network.load_state_dict(fpn.state_dict())  # torchvision's
+        pyramid = network({"0": c2, "1": c3, "2": c4, "3": c5})  # keys "0", "1", "2", "3", "pool"
+        ```
     """
 
     _version = 2  # torchvision's: 1 had bare convolutions (inner_blocks.0.weight)

@@ -20,23 +20,8 @@ class ResNetFPN(nn.Module):
 
     Keys are those of torchvision's `BackboneWithFPN` (``body.conv1.weight``,
     ``fpn.inner_blocks.0.0.weight``), so the backbone of its detectors loads as a whole, and its
-    classification weights load into the body; nothing is downloaded here::
-
-        model.body.load_state_dict(torch.load("resnet50.pth", weights_only=True))  # strict, but for fc.*
-
-    The systems that users bring along are options of it::
-
-        # the paper; torchvision's maps under other names
-        resnet50_fpn()
-        # the single-file ResNet FPN: (p2, p3, p4, p5), p5 not smoothed
-        resnet50_fpn(mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
-        # kuangliu's FPN101()
-        ResNetFPN((2, 2, 2, 2), mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
-        # Detectron2: p2..p6 by name (the order of the image's channels, BGR there, is the caller's matter)
-        resnet50_fpn(norm_layer=FrozenBatchNorm2d, stride_in_1x1=True, freeze_at=2)
-        # Detectron2's RetinaNet: p3..p7, P6 and P7 from res5
-        resnet50_fpn(levels=(3, 4, 5), extra_blocks=LastLevelP6P7(2048, 256),
-                     norm_layer=FrozenBatchNorm2d, stride_in_1x1=True, freeze_at=2)
+    classification weights load into the body (``model.body.load_state_dict(...)``, strict but for ``fc.*``); nothing is
+    downloaded here.  The systems that users bring along are options of it; see the example.
 
     Args:
         layers: blocks in each stage of the ResNet.
@@ -56,8 +41,40 @@ class ResNetFPN(nn.Module):
         width: channels of the stem; C2 has four times as many.
         return_tuple: return the maps as a tuple, finest first, instead of by name.
 
+    Shape:
+        Images ``[N, 3, H, W]`` to maps ``p_l`` of ``[N, out_channels, ceil(H / 2**l), ceil(W / 2**l)]``.
+
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named in the message.
+        TypeError: an argument of the wrong type, named in the message.
+        ValueError: an argument of the wrong value, named in the message.
+
+    Dtypes and layout:
+        Those of the parameters: float16, bfloat16, float32 or float64; NCHW or NHWC.  The backbone is PyTorch's own
+        convolutions; the pyramid is a `FeaturePyramidNetwork`.
+
+    Cost:
+        In bytes and operations that of the backbone, which the pyramid's adds to (`FeaturePyramidNetwork`).
+
+    Source:
+        Deep Residual Learning, arXiv 1512.03385, and Feature Pyramid Networks, arXiv 1612.03144; the names are those of
+        torchvision's `BackboneWithFPN`.
+
+    Example:
+        ```python
+        from fpn_kernels import FrozenBatchNorm2d, LastLevelP6P7, ResNetFPN, resnet50_fpn
+
+        # the paper; torchvision's maps under other names
+        model = resnet50_fpn()
+        # the single-file ResNet FPN: (p2, p3, p4, p5), p5 not smoothed
+        model = resnet50_fpn(mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+        # kuangliu's FPN101()
+        model = ResNetFPN((2, 2, 2, 2), mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+        # Detectron2: p2..p6 by name (the order of the image's channels, BGR there, is the caller's matter)
+        detectron2 = {"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True, "freeze_at": 2}
+        model = resnet50_fpn(**detectron2)
+        # Detectron2's RetinaNet: p3..p7, P6 and P7 from res5
+        model = resnet50_fpn(levels=(3, 4, 5), extra_blocks=LastLevelP6P7(2048, 256), **detectron2)
+        ```
     """
 
     def __init__(
@@ -124,12 +141,48 @@ class ResNetFPN(nn.Module):
 
 
 def resnet50_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
-    """ResNet-50 with its pyramid; the options are those of `ResNetFPN`."""
+    """ResNet-50 with its pyramid.
+
+    Args:
+        out_channels: channels of every map of the pyramid.
+        **options: those of `ResNetFPN`.
+
+    Returns:
+        A `ResNetFPN`, which takes images ``[N, 3, H, W]``; dtypes and layouts are as there.
+
+    Raises:
+        TypeError: an argument of the wrong type, named in the message.
+        ValueError: an argument of the wrong value, named in the message.
+
+    Cost:
+        That of `ResNetFPN`, in bytes and operations, with 16 blocks.
+
+    Source:
+        Deep Residual Learning, arXiv 1512.03385, table 1.
+    """
     return ResNetFPN((3, 4, 6, 3), out_channels, **options)
 
 
 def resnet101_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
-    """ResNet-101 with its pyramid; the options are those of `ResNetFPN`."""
+    """ResNet-101 with its pyramid.
+
+    Args:
+        out_channels: channels of every map of the pyramid.
+        **options: those of `ResNetFPN`.
+
+    Returns:
+        A `ResNetFPN`, which takes images ``[N, 3, H, W]``; dtypes and layouts are as there.
+
+    Raises:
+        TypeError: an argument of the wrong type, named in the message.
+        ValueError: an argument of the wrong value, named in the message.
+
+    Cost:
+        That of `ResNetFPN`, in bytes and operations, with 33 blocks.
+
+    Source:
+        Deep Residual Learning, arXiv 1512.03385, table 1.
+    """
     return ResNetFPN((3, 4, 23, 3), out_channels, **options)
 
 

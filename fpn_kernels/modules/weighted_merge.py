@@ -12,7 +12,7 @@ from fpn_kernels.operators import checks
 
 
 class WeightedMerge(nn.Module):
-    """Merges two or three maps with weights of its own (EfficientDet, arXiv 1911.09070, section 3.3).
+    """Merges two or three maps with weights of its own.
 
     The weights, ``weights`` ``[num_inputs]`` in the `state_dict`, start as ones: an average.
 
@@ -25,6 +25,19 @@ class WeightedMerge(nn.Module):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: `num_inputs`, `normalization` or `eps` does not fit.
+
+    Shape:
+        Maps ``[N, C, h_i, w_i]``, as a list or tuple, to ``[N, C, H, W]``, the size of the first.
+
+    Dtypes and layout:
+        As in `fpn_kernels.weighted_merge`: float16, bfloat16, float32 and float64; NHWC where the first map is, else
+        NCHW.  The weights may be of another dtype than the maps.
+
+    Cost:
+        ``(sum_i N C h_i w_i + N C H W) itemsize`` bytes.
+
+    Source:
+        EfficientDet, arXiv 1911.09070, section 3.3.
     """
 
     def __init__(

@@ -40,9 +40,14 @@ _warned = False
 
 
 def directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "fpn_kernels"
+    """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`; for a user without a home, a temporary directory."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return pathlib.Path(cache, "fpn_kernels")
+    try:
+        return pathlib.Path.home() / ".cache" / "fpn_kernels"
+    except RuntimeError:  # a container's user number that no password file knows
+        return pathlib.Path(tempfile.gettempdir(), f"fpn_kernels-{os.getuid()}")
 
 
 def milliseconds(run: Callable[[], None]) -> float:

@@ -7,6 +7,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
+import shutil
+import sys
+import sysconfig
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +52,25 @@ def _too_old(version: str) -> bool:
     return tuple(numbers) < _OLDEST
 
 
+@functools.cache
+def _cannot_build() -> str | None:
+    """Why Triton could not compile the C module that launches its kernels; it would say so at the first launch."""
+    knobs = sys.modules.get("triton.knobs")
+    if os.environ.get("CC") or (knobs is not None and knobs.build.impl is not None):
+        return None
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
+    if any(pathlib.Path(cache).glob("*/cuda_utils*.so")):
+        return None  # compiled before, here or where the cache came from
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler to launch kernels: install gcc or clang, or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks
+    include = sysconfig.get_path("include", scheme)
+    if not pathlib.Path(include, "Python.h").is_file():
+        return f"Triton needs Python's headers to launch kernels: {include}/Python.h is not there (python3-dev has it)"
+    return None
+
+
 def unavailable() -> str | None:
     version = _triton_version()
     if version is None:
@@ -60,7 +83,7 @@ def unavailable() -> str | None:
         return "this PyTorch was built without CUDA (and TRITON_INTERPRET is not set)"
     if not torch.cuda.is_available():
         return "no CUDA device (and TRITON_INTERPRET is not set)"
-    return None
+    return _cannot_build()
 
 
 @functools.cache
