@@ -336,6 +336,11 @@ class BuildNative(build_ext):
         # One library for every Python: no tag in its name.
         return str(pathlib.Path(*fullname.split(".")).with_suffix(".so"))
 
+    def run(self) -> None:
+        # setuptools builds elsewhere first, and copies what there is then.
+        self.for_source_tree = bool(self.inplace)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
         without_cuda = cuda_left_out()
@@ -347,6 +352,8 @@ class BuildNative(build_ext):
         if built is None:
             # A library of an earlier build would not be the one of these sources.
             target.unlink(missing_ok=True)
+            if self.for_source_tree:
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             report("left out the compiled library: its build failed (see above)")
             return
         target.parent.mkdir(parents=True, exist_ok=True)

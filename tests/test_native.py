@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import oracle
 import pytest
 import torch
+from levels import LEVELS, here, limit, limited
 from samples import MERGES, Sizes, random_map
 
 import fpn_kernels
@@ -17,24 +18,19 @@ pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no com
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDE = Sizes(1, 33, (5, 40), (10, 80), "lines of whole vectors, and channels with a tail")
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512"}
-
-
-def _limit(level: int) -> int:
-    return torch.ops.fpn_kernels_native.limit_level(level)
 
 
 @pytest.fixture
 def levels() -> Iterator[list[int]]:
     """The levels of instructions that this CPU has, in a test that may limit them."""
-    yield [level for level in LEVELS if _limit(level) == level]
-    _limit(max(LEVELS))
+    with limited(max(LEVELS)):
+        yield here()
 
 
 def _on_every_level(levels: list[int], compute: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     results = []
     for level in levels:
-        _limit(level)
+        limit(level)
         results.append(compute())
     for level, result in zip(levels[1:], results[1:], strict=True):
         for ours, plain in zip(result, results[0], strict=True):
@@ -92,7 +88,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_in_eager(dtype: torch.dtype,
         top = torch.full((1, 1, 1, 1), addend, dtype=dtype)
         expected = reference.upsample_add(top, every)
         for level in levels:
-            _limit(level)
+            limit(level)
             result = native.upsample_add(top, every, "nearest", 1.0)
             torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -113,7 +109,7 @@ def test_a_result_written_past_the_caches(mode: str, dtype: torch.dtype, layout:
 
     small = results(16)
     for level in levels:
-        _limit(level)
+        limit(level)
         large = results(64)
         for one, other in zip(large, small, strict=True):
             assert torch.equal(one[:, :16], other)
@@ -175,8 +171,8 @@ def test_both_matrix_products(
     weight, bias = random_map((45, 301, 1, 1), dtype).flatten(1) / 17, random_map((1, 45, 1, 1), dtype).flatten()
     arguments = (feature, weight, bias if has_bias else None, top if has_top else None)
     exact = oracle.lateral_connection(*arguments, gain=gain)
-    for level in (levels[0], levels[-1]):
-        _limit(level)
+    for level in (levels[0], *levels[2:]):
+        limit(level)
         result = native.lateral_connection(*arguments, "nearest", gain, memory_format)
         assert result.is_contiguous(memory_format=memory_format)
         # The oracle's own sums are in float64; the 16-bit route through PyTorch's product rounds twice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,16 +83,38 @@ def test_a_build_computes_and_a_second_one_has_nothing_to_do(tree: pathlib.Path)
 
 
 @needs_tools
-def test_a_source_that_does_not_compile_is_left_out(tree: pathlib.Path) -> None:
-    (tree / "csrc" / "library.cpp").write_text("#error broken on purpose\n")
-    stale = tree / "lib" / "fpn_kernels" / "_native.so"
-    stale.parent.mkdir(parents=True)
+@pytest.mark.parametrize("in_place", [False, True], ids=["elsewhere", "in the source tree"])
+def test_a_source_that_does_not_compile_is_left_out(tree: pathlib.Path, in_place: bool) -> None:
+    # The others are nothing to compile.
+    for source in (tree / "csrc").rglob("*.cpp"):
+        source.write_text("#error broken on purpose\n" if source.stem == "library" else "")
+    stale = (tree if in_place else tree / "lib") / "fpn_kernels" / "_native.so"
+    stale.parent.mkdir(parents=True, exist_ok=True)
     stale.write_bytes(b"of an earlier build")
-    run = _build(tree, CXXFLAGS="-O0", MAX_JOBS="2")
+    arguments = ["--inplace"] if in_place else ["--build-lib", "lib"]
+    run = _setup(tree, "build_ext", *arguments, "--build-temp", "temp", CXXFLAGS="-O0", MAX_JOBS="2")
     assert run.returncode == 0, run.stderr
     assert "left out the compiled library: its build failed" in run.stderr
     assert "broken on purpose" in run.stdout + run.stderr
     assert not stale.exists(), "a library of other sources"
+
+
+@needs_tools
+@pytest.mark.parametrize("knows", [False, True], ids=["an old compiler", "a new compiler"])
+def test_amx_is_left_out_where_the_compiler_does_not_know_it(
+    knows: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_module()
+    if setup.FLAGS_BY_ENDING["_avx512bf16"] is None:
+        pytest.skip("this is no x86-64")
+    wrapper = tmp_path / "compiler"
+    refusal = "" if knows else 'case "$*" in *-mamx*) echo unknown option >&2; exit 1;; esac\n'
+    wrapper.write_text(f'#!/bin/sh\n{refusal}exec {shlex.join(setup.compiler())} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    setup.write_ninja_file(tmp_path, "_native.so")
+    text = (tmp_path / "build.ninja").read_text()
+    assert ("-DFPN_AMX" in text) == ("output_conv_amx.o" in text) == knows
 
 
 @pytest.mark.parametrize(

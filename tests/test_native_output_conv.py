@@ -1,4 +1,4 @@
-"""The compiled library's own 3x3 convolution, by Winograd's minimal filtering, called directly."""
+"""The compiled library's own 3x3 convolutions, by Winograd's minimal filtering and by AMX tiles, called directly."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from levels import AMX, AVX512, LEVELS, here, limited
 from samples import LAYOUTS, random_map
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from fpn_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
-AVX512 = 2
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FORMAT_PAIRS = list(itertools.product(FORMATS, FORMATS))
 
@@ -30,8 +30,19 @@ def _served(feature: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 @pytest.fixture
 def avx512() -> None:
-    if torch.ops.fpn_kernels_native.limit_level(AVX512) != AVX512:
+    if max(here()) < AVX512:
         pytest.skip("this CPU has no AVX-512")
+
+
+# With what each is multiplied.
+PRODUCTS = {torch.float32: AVX512, torch.float16: AVX512, torch.bfloat16: AMX}
+
+
+@pytest.fixture(params=PRODUCTS, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    if max(here()) < PRODUCTS[request.param]:
+        pytest.skip(f"this CPU has no {LEVELS[PRODUCTS[request.param]]}")
+    return request.param
 
 
 @pytest.fixture
@@ -78,10 +89,8 @@ def _poisoned(case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tens
     return (dense.view(n, h, w, c).permute(0, 3, 1, 2) if layout == "nhwc" else dense.view(n, c, h, w)), memory
 
 
-@pytest.mark.usefixtures("avx512")
 @pytest.mark.parametrize("result", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case, dtype: torch.dtype, layout: str, result: str) -> None:
     feature, weight, bias = _operands(case, dtype, layout)
@@ -93,15 +102,14 @@ def test_values(case: Case, dtype: torch.dtype, layout: str, result: str) -> Non
         assert memory[:35].isnan().all() and memory[-35:].isnan().all()
 
 
-@pytest.mark.usefixtures("avx512")
 @pytest.mark.parametrize("formats", FORMAT_PAIRS, ids="-".join)
-def test_nothing_around_a_slice_is_read(formats: tuple[str, str]) -> None:
+def test_nothing_around_a_slice_is_read(formats: tuple[str, str], dtype: torch.dtype) -> None:
     case = Case(2, 20, 24, (9, 37))
-    feature, weight, bias = _operands(case, torch.float32, "nchw")
-    whole = torch.full((2, 30, 15, 60), math.nan).contiguous(memory_format=FORMATS[formats[0]])
+    feature, weight, bias = _operands(case, dtype, "nchw")
+    whole = torch.full((2, 30, 15, 60), math.nan, dtype=dtype).contiguous(memory_format=FORMATS[formats[0]])
     part = whole[:, 4:24, 3:12, 20:57]
     part.copy_(feature)
-    out, _ = _poisoned(case, torch.float32, formats[1])
+    out, _ = _poisoned(case, dtype, formats[1])
     assert _served(part, weight, bias, out)
     assert oracle.no_worse_than_eager(
         out, F.conv2d(feature, weight, bias, padding=1), oracle.output_conv(feature, weight, bias)
@@ -118,8 +126,6 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.usefixtures("avx512")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", WEIGHTS)
 def test_weights_of_any_strides(layout: str, dtype: torch.dtype) -> None:
     case = Case(1, 40, 50, (6, 10))
@@ -177,16 +183,17 @@ SPECIAL: dict[str, tuple[Callable[[Tensor], None], Callable[[Tensor], None]]] = 
 }
 
 
-@pytest.mark.usefixtures("avx512")
 @pytest.mark.parametrize("formats", FORMAT_PAIRS, ids="-".join)
 @pytest.mark.parametrize("special", SPECIAL)
-def test_infinities_and_nan_come_out_where_eager_has_them(special: str, formats: tuple[str, str]) -> None:
+def test_infinities_and_nan_come_out_where_eager_has_them(
+    special: str, formats: tuple[str, str], dtype: torch.dtype
+) -> None:
     case = Case(1, 24, 20, (13, 35))
-    feature, weight, bias = _operands(case, torch.float32, "nchw")
+    feature, weight, bias = _operands(case, dtype, "nchw")
     for tensor, place in zip((feature, weight), SPECIAL[special], strict=True):
         place(tensor)
     feature = feature.contiguous(memory_format=FORMATS[formats[0]])
-    out, _ = _poisoned(case, torch.float32, formats[1])
+    out, _ = _poisoned(case, dtype, formats[1])
     out.zero_()
     assert _served(feature, weight, bias, out)
     eager = F.conv2d(feature, weight, bias, padding=1)
@@ -212,8 +219,7 @@ def test_sums_that_fit_do_not_overflow(layout: str) -> None:
     assert oracle.no_worse_than_eager(out, F.conv2d(feature, weight, padding=1), exact)
 
 
-@pytest.mark.usefixtures("avx512", "threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_same_bits_for_any_number_of_threads(layout: str, dtype: torch.dtype) -> None:
     case = Case(3, 70, 40, (17, 21))
@@ -232,7 +238,6 @@ def test_the_same_bits_for_any_number_of_threads(layout: str, dtype: torch.dtype
 # Not served: what PyTorch's own does faster, or what there is no kernel for.
 NOT_SERVED = {
     "float64": (Case(1, 32, 32, (8, 8)), torch.float64),
-    "bfloat16": (Case(1, 32, 32, (8, 8)), torch.bfloat16),
     "few output channels": (Case(1, 32, 16, (8, 8)), torch.float32),
     "few input channels": (Case(1, 7, 32, (8, 8)), torch.float32),
     "many input channels": (Case(1, 513, 32, (8, 8)), torch.float32),
@@ -259,8 +264,10 @@ def test_what_it_does_not_serve_it_does_not_touch(reason: str) -> None:
 
 @pytest.mark.parametrize("level", range(AVX512))
 def test_it_needs_avx512(level: int) -> None:
-    try:
-        torch.ops.fpn_kernels_native.limit_level(level)
+    with limited(level):
         assert _untouched(CASES[0], torch.float32)
-    finally:
-        torch.ops.fpn_kernels_native.limit_level(AVX512)
+
+
+def test_bfloat16_needs_amx() -> None:
+    with limited(AVX512):
+        assert _untouched(CASES[0], torch.bfloat16)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from levels import LEVELS, here, limit, limited
 from samples import LAYOUTS, random_map
 from test_reorder import DTYPES, FORMATS, SHAPES
 
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no com
 @pytest.fixture
 def levels() -> Iterator[list[int]]:
     """The levels of instructions that this CPU has, in a test that may limit them."""
-    limit = torch.ops.fpn_kernels_native.limit_level
-    yield [level for level in range(3) if limit(level) == level]
-    limit(2)
+    with limited(max(LEVELS)):
+        yield here()
 
 
 def _reordered(source: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
@@ -38,7 +38,7 @@ def _reordered(source: torch.Tensor, memory_format: torch.memory_format) -> torc
 @pytest.mark.parametrize("asked", FORMATS)
 def test_every_level_writes_every_element(asked: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
     for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
+        limit(level)
         for shape in SHAPES[:-1]:
             source = random_map(shape, dtype, layout=layout)
             assert torch.equal(_reordered(source, FORMATS[asked]), source)
@@ -48,7 +48,7 @@ def test_bits_are_moved_as_they_are(levels: list[int]) -> None:
     """Signalling NaNs, their payloads and negative zeros included: no element is taken for a number."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, 64, 32, 32)
     for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
+        limit(level)
         for dtype in (torch.bfloat16, torch.float16):
             for asked in FORMATS.values():
                 source = every.contiguous(
@@ -68,7 +68,7 @@ def test_a_result_written_past_the_caches(shape: tuple[int, ...], asked: str, le
     source = random_map(shape, torch.bfloat16, layout="nhwc" if asked == "nchw" else "nchw")
     assert source.numel() * 2 >= 24 << 20
     for level in levels:
-        torch.ops.fpn_kernels_native.limit_level(level)
+        limit(level)
         assert torch.equal(_reordered(source, FORMATS[asked]), source)
 
 

@@ -56,7 +56,7 @@ bool lateral_connection_bfloat16(
   call.out = result_of(out);
   if (top.has_value()) {
     call.top = map_of(*top);
-    if (call.top.stride_c != 1) return false;
+    if (call.top.stride_c != 1 && weight.size(0) > 1) return false;
   }
   call.height = call.feature.height;
   call.width = call.feature.width;
