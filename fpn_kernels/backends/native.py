@@ -30,6 +30,8 @@ _CURE = "`make build`, or `pip install --no-build-isolation .`, builds it"
 
 # The numbers by which the library knows the modes.
 _MODE_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
+# Elements of a vector of float32 sums.
+_VECTOR = 16
 
 
 @functools.cache
@@ -114,14 +116,33 @@ def _multiplies_by_tiles(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(torch.ops.fpn_kernels_native.multiplies_by_tiles.default())
 
 
-def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format) -> bool:
-    """Where there is nothing to merge and no layout to change, oneDNN's bfloat16 convolution of short sums.
+def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format, has_top: bool) -> bool:
+    """Where PyTorch's convolution, and the merge as a second pass over its result, beat the product that does both.
 
-    Measured on Zen 5: the library's own took 1.03 to 1.05 times as long at 256 and 1,024 channels, 0.88 at 2,048; by AMX
-    tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024 and 0.84 at 2,048.
+    bfloat16, short sums with nothing to merge and no layout to change.  Measured on Zen 5: the library's own took 1.03 to
+    1.05 times as long at 256 and 1,024 channels, 0.88 at 2,048; by AMX tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024 and
+    0.84 at 2,048.
+
+    float32, long sums in NHWC, where the second pass is short beside them.  Measured on an Intel Xeon with AMX: the
+    library's own took 1.07, 1.14 and 1.28 times as long at 512, 1,024 and 2,048 channels.
     """
     nhwc = torch.channels_last
-    return feature.dtype == torch.bfloat16 and out_format == nhwc == result_format(feature) and feature.shape[1] <= 1024
+    if not out_format == nhwc == result_format(feature):
+        return False
+    channels = feature.shape[1]
+    return (
+        channels >= 512
+        if feature.dtype == torch.float32
+        else feature.dtype == torch.bfloat16 and (not has_top and channels <= 1024)
+    )
+
+
+def _merge_in_place(top: Tensor, lateral: Tensor, mode: int, gain: float) -> Tensor:
+    """The merge, over the lateral where the kernel's vectors do not overlap at the end of a line of channels."""
+    in_place = lateral.is_contiguous(memory_format=torch.channels_last) and lateral.shape[1] % _VECTOR == 0
+    out = lateral if in_place else allocate(lateral.shape, lateral, result_format(lateral))
+    torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, mode, gain, out)
+    return out
 
 
 def lateral_connection(
@@ -139,25 +160,26 @@ def lateral_connection(
     float32 matrix product was measured less exact than its convolution on small maps (257 channels: 1.2 times).
     """
     out_format = requested_format(feature, memory_format)
-    if top is None and _convolution_is_faster(feature, out_format):
-        return F.conv2d(feature, weight[:, :, None, None], bias).contiguous(memory_format=out_format)
-    out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
-    gain = 1.0 if top is None else gain
-    if top is not None and top.stride(1) != 1 and _multiplies_by_tiles(feature.dtype):
-        # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy included,
-        # where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
-        top = reorder(top, torch.channels_last)
-    number = _MODE_NUMBERS[mode]
-    bias32 = feature.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float().contiguous()
-    if torch.ops.fpn_kernels_native.lateral_connection.default(feature, weight, bias32, top, number, gain, out):
-        return out
-    if feature.dtype == torch.float32:
-        lateral = F.conv2d(feature, weight[:, :, None, None], bias)
-        if top is None:
-            return lateral.contiguous(memory_format=out_format)
-        torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, number, gain, out)
-    else:
-        _accumulate(feature, weight, bias, top, number, gain, out)
+    number, gain = _MODE_NUMBERS[mode], 1.0 if top is None else gain
+    by_convolution = _convolution_is_faster(feature, out_format, top is not None)
+    if not by_convolution:
+        if top is not None and top.stride(1) != 1 and _multiplies_by_tiles(feature.dtype):
+            # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy
+            # included, where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
+            top = reorder(top, torch.channels_last)
+        out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
+        bias32 = feature.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float().contiguous()
+        if torch.ops.fpn_kernels_native.lateral_connection.default(feature, weight, bias32, top, number, gain, out):
+            return out
+        if feature.dtype != torch.float32:
+            _accumulate(feature, weight, bias, top, number, gain, out)
+            return out
+    lateral = F.conv2d(feature, weight[:, :, None, None], bias)
+    if top is None:
+        return lateral.contiguous(memory_format=out_format)
+    if by_convolution:
+        return _merge_in_place(top, lateral, number, gain)
+    torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, number, gain, out)
     return out
 
 
