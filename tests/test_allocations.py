@@ -45,7 +45,9 @@ def size_of(*tensors: Tensor) -> int:
 
 def _merge(dtype: torch.dtype, layout: str = "nchw") -> tuple[Tensor, Tensor]:
     shape = (SIZES.batch, SIZES.channels)
-    return random_map((*shape, *SIZES.top), dtype, layout=layout), random_map((*shape, *SIZES.fine), dtype, layout=layout)
+    return random_map((*shape, *SIZES.top), dtype, layout=layout), random_map(
+        (*shape, *SIZES.fine), dtype, layout=layout
+    )
 
 
 def test_the_profiler_sees_a_resized_copy() -> None:

@@ -176,8 +176,9 @@ import importlib, sys, torch
 import fpn_kernels
 x, y = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 6, 8)
 first = fpn_kernels.upsample_add(x, y)
-for name in ("fpn_kernels.functional", "fpn_kernels.reference", "fpn_kernels.roi", "fpn_kernels.resampling", "fpn_kernels"):
-    module = importlib.reload(sys.modules[name])
+for name in ("functional", "reference", "roi", "resampling"):
+    importlib.reload(sys.modules["fpn_kernels." + name])
+importlib.reload(fpn_kernels)
 import fpn_kernels as again
 assert again is fpn_kernels
 assert torch.equal(again.upsample_add(x, y), first) and torch.equal(fpn_kernels.functional.upsample_add(x, y), first)
@@ -192,9 +193,9 @@ assert fpn_kernels.explain("upsample_add", x, y).backend
 def test_records_and_forced_backends_end_with_their_block() -> None:
     """What tests and users set for a block is gone after it, raised through or not."""
     assert not selection._records and selection._forced is None
-    with pytest.raises(RuntimeError, match="on the way"):
-        with fpn_kernels.use_backend("eager"), selection.record_calls():
-            raise RuntimeError("on the way")
+    raised = pytest.raises(RuntimeError, match="on the way")
+    with raised, fpn_kernels.use_backend("eager"), selection.record_calls():
+        raise RuntimeError("on the way")
     assert not selection._records and selection._forced is None
     if native.load_error() is None:
         assert torch.ops.fpn_kernels_native.limit_level(2) >= 0

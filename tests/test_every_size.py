@@ -1,8 +1,8 @@
 """Every pair of sizes up to 256 x 512: the nearest index and its inverse, in Python, in the compiled library, in eager.
 
 `F.interpolate` on a channels-last map of four channels is eager's own word: there it takes the float32 index in both
-modes (see `fpn_kernels/resampling.py`).  The tables of one size are compared at once, as 131,072 comparisons would take longer
-than what they compare.
+modes (see `fpn_kernels/resampling.py`).  The tables of one size are compared at once, as 131,072 comparisons would
+take longer than what they compare.
 """
 
 from __future__ import annotations

@@ -175,7 +175,11 @@ def test_top_down_pathway(target: Target, case: Pathway) -> None:
             assert feature is not None
             assert level.is_contiguous(memory_format=requested_format(feature, case.memory_format))
         every = zip(
-            (*merged, *gradients), (*eager[0], *eager[1]), (*exact[0], *exact[1]), (*squares[0], *squares[1]), strict=True
+            (*merged, *gradients),
+            (*eager[0], *eager[1]),
+            (*exact[0], *exact[1]),
+            (*squares[0], *squares[1]),
+            strict=True,
         )
         for ours, theirs, true, square in every:
             assert (ours is None) == (true is None)

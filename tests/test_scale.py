@@ -57,7 +57,12 @@ def test_thin_convolutions(thin: str, target: Target) -> None:
     top = random_map((1, 3, *_half(size)), torch.float32, target.device)
     with fpn_kernels.use_backend(target.backend):
         result = fpn_kernels.lateral_connection(feature, weight, bias, top)
-        assert oracle.error(result, reference.lateral_connection(*(x.double().cpu() for x in (feature, weight, bias, top)))) <= 1e-6
+        assert (
+            oracle.error(
+                result, reference.lateral_connection(*(x.double().cpu() for x in (feature, weight, bias, top)))
+            )
+            <= 1e-6
+        )
         if target.implements("output_conv"):
             taps = random_map((3, 2, 3, 3), torch.float32, target.device)
             exact = F.conv2d(feature.double().cpu(), taps.double().cpu(), padding=1)
@@ -68,14 +73,19 @@ def test_thin_convolutions(thin: str, target: Target) -> None:
 def test_many_maps_of_one_pixel(layout: str, target: Target) -> None:
     batch = 500 if INTERPRETED else 10_000
     top, feature = (random_map((batch, c, 1, 1), torch.float32, target.device, layout) for c in (5, 7))
-    weight, lateral = random_map((5, 7, 1, 1), torch.float32, target.device), random_map(top.shape, torch.float32, target.device)
+    weight, lateral = (
+        random_map((5, 7, 1, 1), torch.float32, target.device),
+        random_map(top.shape, torch.float32, target.device),
+    )
     with fpn_kernels.use_backend(target.backend):
         for mode in resampling.MODES:
             assert torch.equal(fpn_kernels.upsample_add(top, lateral, mode=mode), lateral + top)
         merged = fpn_kernels.weighted_merge([top, lateral], torch.ones(2, device=target.device), eps=0.0)
         torch.testing.assert_close(merged, (top + lateral) / 2)
         connected = fpn_kernels.lateral_connection(feature, weight, None, top)
-        torch.testing.assert_close(connected, torch.einsum("nkyx,okyx->noyx", feature, weight)  + top, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            connected, torch.einsum("nkyx,okyx->noyx", feature, weight) + top, rtol=1e-5, atol=1e-5
+        )
         if target.implements("output_conv"):
             taps = random_map((5, 7, 3, 3), torch.float32, target.device)
             middle = torch.einsum("nkyx,ok->noyx", feature, taps[:, :, 1, 1])

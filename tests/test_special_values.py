@@ -223,9 +223,7 @@ def test_a_parameter_that_is_not_finite(kernel_size: int, dtype: torch.dtype, wh
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_a_sum_beyond_16_bits_is_infinite(
-    kernel_size: int, layout: str, dtype: torch.dtype, target: Target
-) -> None:
+def test_a_sum_beyond_16_bits_is_infinite(kernel_size: int, layout: str, dtype: torch.dtype, target: Target) -> None:
     target.require(dtype)
     feature, weight, bias = _convolution(kernel_size, dtype, target, layout)
     large = torch.finfo(dtype).max / 8
@@ -238,7 +236,7 @@ def test_a_sum_beyond_16_bits_is_infinite(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_zeros_and_subnormals_in_a_lateral_connection(layout: str, dtype: torch.dtype, target: Target) -> None:
-    """Zero times anything finite is zero; a subnormal times one is itself, or the zero that the hardware makes of it."""
+    """Zero times what is finite is zero; a subnormal times one is itself, or the zero that the hardware makes of it."""
     target.require(dtype)
     feature, weight, _ = _convolution(1, dtype, target, layout)
     zeros = _convolve(1, torch.zeros_like(feature), weight, None, target)
@@ -259,7 +257,9 @@ def test_zeros_and_subnormals_in_a_lateral_connection(layout: str, dtype: torch.
     top = torch.full((1, COUT, 3, 4), tiny, dtype=dtype, device=target.device)
     with fpn_kernels.use_backend(target.backend):
         result = fpn_kernels.lateral_connection(torch.zeros_like(feature), weight, None, top)
-    assert torch.equal(result, torch.full_like(result, tiny)) or (dtype == torch.bfloat16 and torch.equal(result, flushed))
+    assert torch.equal(result, torch.full_like(result, tiny)) or (
+        dtype == torch.bfloat16 and torch.equal(result, flushed)
+    )
 
 
 @pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
