@@ -19,9 +19,23 @@ from fpn_kernels.roi import CONVENTIONS
 _coordinates = st.one_of(
     st.integers(-64, 2048).map(float),
     st.floats(-2048, 4096, width=32),
-    st.floats(width=32),  # NaN, infinity, the largest and the smallest
+    st.floats(width=32),
 )
-_boxes = st.lists(st.tuples(*[_coordinates] * 4), max_size=8)
+_special = st.sampled_from((math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45))
+
+
+@st.composite
+def _squares(draw: st.DrawFn) -> tuple[float, ...]:
+    """At, just below and just above the area where a level begins."""
+    side = draw(st.sampled_from((56.0, 224.0, 100.5, 512.0))) * 2.0 ** draw(st.integers(-4, 4))
+    side *= 1 + draw(st.sampled_from((0.0, -5e-4, 5e-4, -1e-4, 1e-4)))
+    return tuple(torch.tensor([0.0, 0.0, side, side]).tolist())
+
+
+_boxes = st.lists(
+    st.one_of(_squares(), st.tuples(*[_coordinates] * 4), st.tuples(*[st.one_of(_coordinates, _special)] * 4)),
+    max_size=8,
+)
 
 
 def _position(box: tuple[float, ...], k0: int, s0: float, finest: int, convention: str) -> float:
