@@ -29,10 +29,12 @@ ECOSYSTEM ?= torch==2.12.1 torchvision==0.27.1 segmentation-models-pytorch==0.6.
 	mmcv-lite==2.1.0 mmengine==0.10.7 scipy shapely six terminaltables
 ECOSYSTEM_NO_DEPENDENCIES ?= mmdet==3.3.0
 
-.PHONY: help build test test-ecosystem bench sanitize lint format docs dist clean
+.PHONY: help build test test-nightly test-large test-ecosystem bench sanitize lint format docs dist clean
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
+	@echo 'make test-nightly  the property tests with many more examples, other ones each time'
+	@echo 'make test-large  the tests that take 16 GB of memory'
 	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
 	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
 	@echo 'make build   the compiled library, fpn_kernels/_native.so (test and bench do this first)'
@@ -58,6 +60,14 @@ test: build
 	$(PY) -m pytest $(WORKERS) $(ARGS)
 	@# 5: ARGS left no test of the interpreter's.
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
+
+test-nightly: build
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
+
+# One after another: each takes most of the memory that it asks for.
+test-large: build
+	FPN_KERNELS_LARGE=1 $(PY) -m pytest -m large $(ARGS) tests/test_scale.py
 
 $(ECOSYSTEM_VENV)/.ready:
 	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
@@ -101,5 +111,5 @@ dist: $(READY)
 	@ls dist
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fpn_kernels/_native.so
+	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fpn_kernels/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

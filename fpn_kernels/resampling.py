@@ -6,8 +6,9 @@ product shows: at 1,619 of the 79,401 pairs in < 200, out < 400 it is not the ra
 
 Eager is not of one mind about it.  Measured on torch 2.13, CPU: large contiguous float64 maps index in float64 in
 "nearest", and large contiguous maps of any dtype use a third formula in "nearest-exact", while small maps,
-channels-last maps and eager's own backward use the float32 formula.  Here the float32 formula serves every dtype,
-size and layout, so that a result does not depend on the layout of a map, and the backward is the exact adjoint.
+channels-last maps of four channels or more and eager's own backward use the float32 formula.  Here the float32
+formula serves every dtype, size and layout, so that a result does not depend on the layout of a map, and the backward
+is the exact adjoint.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped elsewhere")
     config.addinivalue_line("markers", "ecosystem: runs other libraries' models; skipped where they are not installed")
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
+    config.addinivalue_line("markers", "large: takes 16 GB of memory and a minute; `make test-large` runs these")
     # Two test processes on two cores: more threads each would only wait for one another.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
@@ -34,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",
         "interpreter": _no_interpreter(),
         "ecosystem": _no_ecosystem(),
+        "large": None if os.environ.get("FPN_KERNELS_LARGE") == "1" else "takes 16 GB (`make test-large` runs it)",
     }
     for item in items:
         for marker, reason in reasons.items():

@@ -185,3 +185,19 @@ def test_it_refuses_what_it_was_not_built_for() -> None:
     maps = torch.ones(1, 1, 2, 2, device="meta"), torch.ones(1, 1, 4, 4, device="meta")
     assert native.BACKEND.refusal("weighted_merge", (*maps, None, torch.ones(2), "nearest")) is not None
     assert native.BACKEND.refusal("upsample_add", (*maps, "nearest", 1.0)) is not None
+
+
+@pytest.mark.parametrize("operator", ["weighted_merge", "weighted_merge_backward"])
+def test_a_contiguous_column_may_have_any_stride_along_its_rows(operator: str) -> None:
+    """A row of pixels, transposed, counts as contiguous; its planes were read with the stride of a row."""
+    column = random_map((2, 3, 1, 9), torch.float32).transpose(2, 3)
+    plain = column.clone(memory_format=torch.contiguous_format)
+    assert column.is_contiguous() and column.stride(3) == 9 and plain.stride(3) == 1
+    factors = torch.tensor([0.3, 0.5])
+    if operator == "weighted_merge":
+        result = native.weighted_merge(column, column, None, factors, "nearest")
+        assert torch.equal(result, native.weighted_merge(plain, plain, None, factors, "nearest"))
+    else:
+        result, product = native.weighted_merge_backward(column, column, factors[0])
+        expected, same = native.weighted_merge_backward(plain, plain, factors[0])
+        assert torch.equal(result, expected) and torch.equal(product, same)

@@ -42,6 +42,14 @@ inline bool planes_are_rows(const Tensor& map) {
   return map.is_contiguous() && map.size(2) * map.size(3) <= 16384;
 }
 
+// Makes a row of each plane.  A contiguous map one pixel wide may have any stride from a pixel to the next (transposed,
+// it has that of its rows), and the row would be read with it.
+template <class Strided>
+void make_rows_of_planes(Strided& map, int64_t plane) {
+  map.stride_y = plane;
+  map.stride_x = 1;
+}
+
 // Scratch memory of one task, from a cache line on.
 class Scratch {
  public:

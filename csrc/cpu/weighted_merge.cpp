@@ -67,8 +67,8 @@ void weighted_merge(
   }
   if (!call.channels_last && flat) {
     const int64_t plane = height * width;
-    for (int64_t i = 0; i < call.count; ++i) call.inputs[i].map.stride_y = plane;
-    call.out.stride_y = plane;
+    for (int64_t i = 0; i < call.count; ++i) make_rows_of_planes(call.inputs[i].map, plane);
+    make_rows_of_planes(call.out, plane);
     call.height = batch * call.channels;
     call.width = plane;
     call.channels = 1;

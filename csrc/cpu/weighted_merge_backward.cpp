@@ -31,7 +31,9 @@ void weighted_merge_backward(
     units = grad.size(0) * call.channels;
     elements = call.grad.height * call.grad.width;
     scratch = 0;
-    call.grad.stride_y = call.input.stride_y = call.grad_input.stride_y = elements;
+    make_rows_of_planes(call.grad, elements);
+    make_rows_of_planes(call.input, elements);
+    make_rows_of_planes(call.grad_input, elements);
     call.grad.height = units;
     call.grad.width = elements;
     call.channels = 1;

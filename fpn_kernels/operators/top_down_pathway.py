@@ -109,7 +109,9 @@ def _backward(
     wants_biases = [False] * count
     for level, wants in zip(ctx.bias_levels, wants_some_biases, strict=True):
         wants_biases[level] = wants
-    features, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    # Read once: activation checkpointing computes what was saved anew, for one reading.
+    saved = ctx.saved_tensors
+    features, weights = saved[:count], saved[count:]
     grad_features: list[Tensor | None] = [None] * count
     grad_weights: list[Tensor | None] = [None] * count
     grad_biases: list[Tensor | None] = [None] * count
