@@ -100,6 +100,9 @@ def _accumulate(
     if top is not None:
         start = feature.new_zeros(()) if bias is None else bias.view(1, -1, 1, 1)
         torch.ops.fpn_kernels_native.upsample_add.default(top, start.expand(out.shape), mode, gain, out)
+    if feature.shape[1] % 2 == 1:
+        # oneDNN's AMX product of an odd number of channels multiplies what follows each line by zero.  That may be NaN.
+        feature, weight = feature.contiguous(memory_format=result_format(feature)), weight.contiguous()
     # The product is written the way round in which its result is contiguous: neither side is transposed.
     swap = out.stride(1) == 1
     line = bias if bias is None or swap else bias[:, None]
@@ -119,9 +122,9 @@ def _multiplies_by_tiles(dtype: torch.dtype) -> bool:
 def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format, has_top: bool) -> bool:
     """Where PyTorch's convolution, and the merge as a second pass over its result, beat the product that does both.
 
-    bfloat16, short sums with nothing to merge and no layout to change.  Measured on Zen 5: the library's own took 1.03 to
-    1.05 times as long at 256 and 1,024 channels, 0.88 at 2,048; by AMX tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024 and
-    0.84 at 2,048.
+    bfloat16, short sums with nothing to merge and no layout to change.  Measured on Zen 5: the library's own took 1.03
+    to 1.05 times as long at 256 and 1,024 channels, 0.88 at 2,048; by AMX tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024
+    and 0.84 at 2,048.
 
     float32, long sums in NHWC, where the second pass is short beside them.  Measured on an Intel Xeon with AMX: the
     library's own took 1.07, 1.14 and 1.28 times as long at 512, 1,024 and 2,048 channels.
@@ -129,12 +132,9 @@ def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format, has
     nhwc = torch.channels_last
     if not out_format == nhwc == result_format(feature):
         return False
-    channels = feature.shape[1]
-    return (
-        channels >= 512
-        if feature.dtype == torch.float32
-        else feature.dtype == torch.bfloat16 and (not has_top and channels <= 1024)
-    )
+    if feature.dtype == torch.bfloat16:
+        return not has_top and feature.shape[1] <= 1024
+    return feature.dtype == torch.float32 and feature.shape[1] >= 512
 
 
 def _merge_in_place(top: Tensor, lateral: Tensor, mode: int, gain: float) -> Tensor:
