@@ -33,7 +33,7 @@ ECOSYSTEM_NO_DEPENDENCIES ?= mmdet==3.3.0
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
-	@echo 'make test-nightly  the property tests with many more examples, other ones each time'
+	@echo 'make test-nightly  all cases of the tests of which `make test` draws a part, and many more of the property tests'
 	@echo 'make test-large  the tests that take 16 GB of memory'
 	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
 	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
@@ -62,6 +62,8 @@ test: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
 
 test-nightly: build
+	FPN_KERNELS_ALL_CASES=1 $(PY) -m pytest $(WORKERS) -m sampled $(ARGS)
+	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "sampled and interpreter" $(ARGS)
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
 

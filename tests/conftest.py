@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ecosystem: runs other libraries' models; skipped where they are not installed")
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
     config.addinivalue_line("markers", "large: takes 16 GB of memory and a minute; `make test-large` runs these")
+    config.addinivalue_line("markers", "sampled(n): one case in n; `make test-nightly` runs all of them")
     # Two test processes on two cores: more threads each would only wait for one another.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
@@ -29,7 +31,29 @@ def pytest_report_header() -> list[str]:
     return [f"torch {torch.__version__}, GPU: {gpu}, Triton interpreter: {interpreter}", description()]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _sample(config, items)
+    _skip(items)
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test's many cases a part, always the same one: `make test` has fifteen minutes on two cores.
+
+    Each case is drawn by its own name, so that every value of every parameter is met beside some others.
+    """
+    if os.environ.get("FPN_KERNELS_ALL_CASES") == "1" or any("[" in argument for argument in config.args):
+        return
+
+    def drawn(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("sampled")
+        return marker is None or zlib.crc32(item.name.encode()) % marker.args[0] == 0
+
+    left_out = [item for item in items if not drawn(item)]
+    items[:] = [item for item in items if drawn(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _skip(items: list[pytest.Item]) -> None:
     """The one place that skips for want of a machine, each time with the reason."""
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs an NVIDIA GPU",

@@ -54,6 +54,7 @@ def _inputs(
     return feature, weight, bias, top
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gain", [1.0, 0.7])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,6 +97,7 @@ def test_optional_arguments(has_bias: bool, has_top: bool, matrix: bool, target:
 FORMATS = {"preserve": torch.preserve_format, "nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("asked", FORMATS)
 @pytest.mark.parametrize(
     "layouts",
@@ -129,6 +131,7 @@ def test_strided_weights(weight_layout: str, target: Target) -> None:
     assert oracle.no_worse_than_eager(result, eager, oracle.lateral_connection(feature, weight, bias, top))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

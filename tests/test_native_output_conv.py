@@ -89,6 +89,7 @@ def _poisoned(case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tens
     return (dense.view(n, h, w, c).permute(0, 3, 1, 2) if layout == "nhwc" else dense.view(n, c, h, w)), memory
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("result", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -60,6 +60,7 @@ def _has_the_operator(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("target").require_operator("output_conv")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("asked", FORMATS)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])

@@ -35,6 +35,7 @@ def _pair(
     return top, random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, device, layouts[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", resampling.NEAREST_MODES)
 @pytest.mark.parametrize("sizes", MERGES, ids=str)
@@ -66,6 +67,7 @@ def test_the_sum_is_rounded_once(mode: str, dtype: torch.dtype, gain: float, tar
         oracle.within_rounding(result, exact, largest * spread)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
 def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> None:

@@ -28,6 +28,7 @@ from fpn_kernels import reference, resampling
 from fpn_kernels.backends import triton
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
