@@ -23,13 +23,14 @@ _PAGES = {document: page for page, document in INCLUDED.items()}
 # Code is matched first, and left as it is: `blocks[0](x)` is no link.
 _CODE_OR_LINK = re.compile(
     r"^```.*?^```|^ {4}.*?$|`[^`\n]+`"
-    r"|(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)",
+    r"|(?P<image>!?)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)",
     re.DOTALL | re.MULTILINE,
 )
 
 
 def rewritten(markdown: str, document: str, page: str) -> str:
-    """The text with links that hold on the site; a link to a file that is no page becomes its words.
+    """The text with links that hold on the site; a link to a file that is no page, or a picture that is not the
+    site's, becomes its words.
 
     Args:
         markdown: the text.
@@ -47,7 +48,7 @@ def rewritten(markdown: str, document: str, page: str) -> str:
         if found is None:
             return match["text"]
         relative = posixpath.relpath(found, posixpath.dirname(page) or ".")
-        return f"[{match['text']}]({relative}{match['anchor'] or ''})"
+        return f"{match['image']}[{match['text']}]({relative}{match['anchor'] or ''})"
 
     return _CODE_OR_LINK.sub(link, markdown)
 
