@@ -248,6 +248,8 @@ NOT_SERVED = {
     "one column": (Case(1, 32, 32, (64, 1)), torch.float32),
     "no map": (Case(0, 32, 32, (8, 8)), torch.float32),
     "no input channel": (Case(1, 0, 32, (8, 8)), torch.float16),
+    "no input channel of bfloat16": (Case(1, 0, 32, (8, 8)), torch.bfloat16),
+    "no map of bfloat16": (Case(0, 32, 32, (8, 8)), torch.bfloat16),
 }
 
 

@@ -230,6 +230,16 @@ BAD = {
     ),
     "one weight": (lambda f, w, b: (f, [w[1], *w[1:]], b), ValueError, r"weights\[0\]: expected the shape \[Cout, 4,"),
     "one bias": (lambda f, w, b: (f, w, [*b[:3], b[3][1:]]), ValueError, r"biases\[3\]: expected the shape \[10\]"),
+    "a number for a feature": (
+        lambda f, w, b: ([f[0].sum(), *f[1:]], w, b),
+        ValueError,
+        r"features\[0\]: expected 4 dimensions",
+    ),
+    "a number for a weight": (
+        lambda f, w, b: (f, [w[0].sum(), *w[1:]], b),
+        ValueError,
+        r"weights\[0\]: expected the shape \[Cout, 4,",
+    ),
     "one dtype": (lambda f, w, b: ([f[0], f[1].half(), *f[2:]], w, b), TypeError, r"weights\[1\]: expected the dtype"),
     "one batch": (
         lambda f, w, b: ([*f[:3], f[3][:1]], w, b),

@@ -30,8 +30,8 @@ enum class Top { none, nearest, bilinear };
 template <Top kind>
 struct AddTop {
   const LateralConnection& call;
-  const BFloat16* top;         // of this map
-  const int64_t* nearest;      // by place
+  const BFloat16* top;     // of this map
+  const int64_t* nearest;  // by place
   const TopPlace* bilinear;
 
   static __m512 read(const BFloat16* from, __mmask16 exist) {

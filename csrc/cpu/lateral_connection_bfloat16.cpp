@@ -49,6 +49,7 @@ bool lateral_connection_bfloat16(
     Mode mode,
     double gain,
     const Tensor& out) {
+  if (feature.numel() == 0) return false;
   AmxLateralConnection all{};
   LateralConnection& call = all.call;
   call.dtype = Dtype::bfloat16;

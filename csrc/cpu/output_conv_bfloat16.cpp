@@ -49,7 +49,7 @@ void choose_blocks(AmxOutputConv& call) {
 
 bool output_conv_bfloat16(
     const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-  if (product_of(Dtype::bfloat16) != Product::tiles) return false;
+  if (product_of(Dtype::bfloat16) != Product::tiles || feature.numel() == 0) return false;
   AmxOutputConv call{};
   call.feature = map_of(feature);
   call.out = result_of(out);

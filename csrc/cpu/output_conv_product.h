@@ -23,7 +23,10 @@ void add_products(const float* input, int64_t stride, const float* panel, int64_
   const float* fifth = input + 4 * stride;
   asm("" : "+r"(fifth));
   const auto spread = [&](int row, int ahead) {
-    if constexpr (channels_last) return _mm512_set1_ps((row < 4 ? input : fifth)[row % 4 * stride + ahead]);
+    // Not `(row < 4 ? input : fifth)[...]`, which GCC 12 reads from another row under -fsanitize=shift.
+    if constexpr (channels_last) {
+      return _mm512_set1_ps(row < 4 ? input[row * stride + ahead] : fifth[(row - 4) * stride + ahead]);
+    }
     return _mm512_set1_ps(input[row]);
   };
   const auto advance = [&](int channels) {

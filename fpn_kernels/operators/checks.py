@@ -222,11 +222,11 @@ def check_pathway(
     for name, values in (("weights", weights), ("biases", biases)):
         if len(values) != len(features):
             raise ValueError(f"{name}: expected one a level, {len(features)}, got {len(values)}")
-    batch, channels = features[0].shape[0], weights[0].shape[0]
     for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
         name = f"features[{level}]"
         check_pointwise(name, feature, f"weights[{level}]", weight, f"biases[{level}]", bias)
         check_alike(name, feature, "features[0]", features[0])
+        batch, channels = features[0].shape[0], weights[0].shape[0]
         if feature.shape[0] != batch:
             raise ValueError(f"{name}: expected the batch of features[0], {batch}, got {feature.shape[0]}")
         if weight.shape[0] != channels:
