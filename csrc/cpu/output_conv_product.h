@@ -23,9 +23,10 @@ void add_products(const float* input, int64_t stride, const float* panel, int64_
   const float* fifth = input + 4 * stride;
   asm("" : "+r"(fifth));
   const auto spread = [&](int row, int ahead) {
-    // Not `(row < 4 ? input : fifth)[...]`, which GCC 12 reads from another row under -fsanitize=shift.
     if constexpr (channels_last) {
-      return _mm512_set1_ps(row < 4 ? input[row * stride + ahead] : fifth[(row - 4) * stride + ahead]);
+      // A name of its own: GCC 12 subscripts the conditional itself wrongly under -fsanitize=shift.
+      const float* from = row < 4 ? input : fifth;
+      return _mm512_set1_ps(from[row % 4 * stride + ahead]);
     }
     return _mm512_set1_ps(input[row]);
   };
