@@ -2,9 +2,9 @@
 //
 // A tile of the left operand is up to sixteen pixels by 32 channels, 64 bytes a pixel and the pixels side by side; one
 // of the right operand 32 channels by sixteen output channels, in pairs of channels.  Three tiles of pixels by two of
-// output channels stay in the registers: five loads for six products, and of the two operands only the weight is
-// streamed from the second cache.  On one core of an Intel Xeon with AMX this ran at 2.8 of the 3.13 TFLOP/s that the
-// products alone take, six by one at the same, two by two at 2.5; fetching ahead by instruction took off a tenth.
+// output channels stay in the registers: seven loads for six products, and of the two operands only the weight is
+// streamed from the second cache.  On random numbers and one core of an Intel Xeon with AMX this ran at 2.1 TFLOP/s, six
+// by one at 2.0, two by two at 1.9; the products alone, from registers, at 3.13.
 #pragma once
 
 #include <cstddef>
