@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from levels import here, limited
 from targets import INTERPRETED, Target
 from torch import Tensor
 
@@ -149,13 +150,10 @@ def at_every_level(target: Target, compute: Callable[[], list[Tensor | None]]) -
     with fpn_kernels.use_backend(target.backend):
         if (target.backend, target.device) != ("native", "cpu"):
             return [compute()]
-        limit, results = torch.ops.fpn_kernels_native.limit_level, []
-        try:
-            for level in (2, 1, 0):
-                if limit(level) == level:
-                    results.append(compute())
-        finally:
-            limit(2)
+        results = []
+        for level in reversed(here()):
+            with limited(level):
+                results.append(compute())
         return results
 
 

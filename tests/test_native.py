@@ -201,3 +201,15 @@ def test_a_contiguous_column_may_have_any_stride_along_its_rows(operator: str) -
         result, product = native.weighted_merge_backward(column, column, factors[0])
         expected, same = native.weighted_merge_backward(plain, plain, factors[0])
         assert torch.equal(result, expected) and torch.equal(product, same)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_subnormals_are_flushed_everywhere_or_nowhere(memory_format: torch.memory_format, levels: list[int]) -> None:
+    """The end of a line, shorter than a vector, is rounded as the vectors are."""
+    tiny = torch.finfo(torch.bfloat16).smallest_normal / 4
+    feature = torch.zeros(1, 8, 6, 21, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+    top = torch.full((1, 21, 3, 11), tiny, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
+    for level in levels:
+        limit(level)
+        result = native.lateral_connection(feature, torch.ones(21, 8).bfloat16(), None, top, "nearest", 1.0, None)
+        assert len(result.unique()) == 1

@@ -16,6 +16,10 @@ template <class T>
 inline void write_whole(T* to, Floats value) {
   store(to, value);
 }
+template <class T>
+inline void write_part(T* to, Floats value, int count) {
+  store(to, value, Part{count});
+}
 
 inline float single(float value) { return value; }
 inline float single(Half value) { return _cvtsh_ss(value.bits); }

@@ -25,6 +25,12 @@ inline void write_whole(BFloat16* to, Floats value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(rounded));
 }
 
+inline void write_part(BFloat16* to, Floats value, int count) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(value.v);
+  const __mmask16 exist = static_cast<__mmask16>((1u << count) - 1u);
+  _mm256_mask_storeu_epi16(to, exist, reinterpret_cast<__m256i>(rounded));
+}
+
 inline __m512i words(const BFloat16* from, Whole) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
