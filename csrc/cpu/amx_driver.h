@@ -10,8 +10,6 @@
 
 namespace fpn::cpu {
 
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // A weight's room packed, and the bias in float32, with room for whole panels.
 class AmxOperands {
  public:

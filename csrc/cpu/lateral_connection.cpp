@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t operand_bytes = 4;
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
 bool top_fits(const Map& top, bool channels_last) { return channels_last ? top.stride_c == 1 : top.stride_x == 1; }

@@ -14,6 +14,8 @@ namespace fpn::cpu {
 
 using torch::stable::Tensor;
 
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 // One of the numbers of a float32 or float64 vector.
 inline double number_of(const Tensor& vector, int64_t index) {
   const int64_t place = vector.dim() == 0 ? 0 : index * vector.stride(0);
