@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -138,7 +139,15 @@ def test_tests_go_on_after_a_crash(tmp_path: Path) -> None:
 
 def test_tests_that_hang_leave_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATE", "600")
-    counts, _ = _tests(tmp_path, seconds=10)
+    outcomes = tmp_path / "outcomes.jsonl"
+
+    def seconds(child: Child) -> float:
+        """The time is up as soon as the late test has begun, however long the others took to get there."""
+        begun = outcomes.exists() and re.search(r'"begin": "[^"]*test_late"', outcomes.read_text())
+        return 600.0 if begun else 0.0
+
+    monkeypatch.setattr(Child, "seconds", seconds)
+    counts, _ = _tests(tmp_path)
     names = ("passed", "failed", "skipped", "crashed", "not_run")
     assert [counts[name] for name in names] == [3, 1, 1, 0, 2]  # not the late one, nor eager's after it
 

@@ -51,7 +51,8 @@ def run_tests(
     outcomes = folder / "outcomes.jsonl"
     outcomes.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-p", "benchmarks.gpu.outcomes", *chosen]
+    # Where pytest-randomly is installed: what did not run before the time was over should not be a matter of chance.
+    command += ["-p", "no:randomly", "-p", "benchmarks.gpu.outcomes", *chosen]
     environment = {"OUTCOMES_FILE": str(outcomes), "PYTEST_TIMEOUT": _TEST_TIMEOUT, "PYTEST_ADDOPTS": ""}
     late = False
     for _ in range(_MOST_PROCESSES):

@@ -60,7 +60,7 @@ class FPN(BaseModule):
         self.backbone_end_level = len(in_channels) if end_level == -1 else end_level
         self.add_extra_convs: bool | str = "on_input" if add_extra_convs is True else add_extra_convs
         self.relu_before_extra_convs, self.no_norm_on_lateral = relu_before_extra_convs, no_norm_on_lateral
-        self.upsample_cfg = {"mode": "nearest"} if upsample_cfg is None else upsample_cfg
+        self.upsample_cfg = {"mode": "nearest"} if upsample_cfg is None else upsample_cfg.copy()
         used = in_channels[start_level : self.backbone_end_level]
         lateral_norm = None if no_norm_on_lateral else norm
         self.lateral_convs = nn.ModuleList(ConvModule(cin, out_channels, 1, 1, lateral_norm, act) for cin in used)
