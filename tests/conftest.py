@@ -11,7 +11,7 @@ import pytest
 import torch
 from targets import INTERPRETED, Target, description, parameters
 
-from fpn_kernels.backends import triton
+from fpn_kernels.backends import selection, triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,6 +87,12 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared() -> None:
+    """A test that changes what selection goes by meets no call that another one prepared."""
+    selection.forget()
 
 
 @pytest.fixture

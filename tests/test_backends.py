@@ -24,6 +24,10 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _forty_two(top: torch.Tensor, lateral: torch.Tensor, mode: str, gain: float) -> torch.Tensor:
+    return torch.full_like(lateral, 42.0)
+
+
 @pytest.fixture
 def fake_backend() -> object:
     """A backend of first choice that serves `upsample_add` in float32 with a wrong, recognisable result."""
@@ -31,7 +35,7 @@ def fake_backend() -> object:
     def refusal(top: torch.Tensor, *_: object) -> str | None:
         return None if top.dtype == torch.float32 else f"serves float32 only, got {top.dtype}"
 
-    implementation = Implementation(lambda top, lateral, mode, gain: torch.full_like(lateral, 42.0), refusal)
+    implementation = Implementation(selection.unprepared(_forty_two), refusal)
     previous = dict(selection._registry)
     selection._registry.clear()
     selection.register(Backend("fake", lambda: None, {"upsample_add": implementation}))
@@ -111,7 +115,7 @@ def test_use_backend_nests_and_gives_back() -> None:
 
 def test_what_is_only_forced_is_passed_over_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     implementation = Implementation(
-        lambda top, lateral, mode, gain: torch.full_like(lateral, 42.0),
+        selection.unprepared(_forty_two),
         lambda top, *_: None if top.dtype == torch.float32 else "serves float32 only",
         only_forced="nobody has measured it",
     )

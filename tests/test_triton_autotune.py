@@ -255,13 +255,13 @@ def test_every_candidate_of_a_table_is_measured_and_the_results_stay_right(
 @pytest.mark.interpreter
 def test_output_conv_is_measured_in_both_orientations(cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[object] = []
-    launch = output_conv.launch
+    plan = output_conv.plan
 
-    def recorded(levels: object, config: object, *rest: object) -> None:
+    def recorded(levels: object, config: object, *rest: object) -> object:
         launched.append(config)
-        launch(levels, config, *rest)  # type: ignore[arg-type]
+        return plan(levels, config, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(output_conv, "launch", recorded)
+    monkeypatch.setattr(output_conv, "plan", recorded)
     feature = random_map((1, 16, 8, 16), torch.half, layout="nhwc")
     weight = torch.randn(68, 16, 3, 3).half() / 12
     with _choosing_last(monkeypatch):

@@ -98,13 +98,13 @@ def test_the_table_entry_turns_it_on(
     feature, top = (random_map((2, c, *s), torch.bfloat16, layout=layout) for c, s in ((24, size), (40, top_size)))
     weight, bias = _weight(40, 24, torch.bfloat16), torch.randn(40).bfloat16()
     launched: list[object] = []
-    launch = lateral_connection_descriptors.launch
+    plan = lateral_connection_descriptors.plan
 
-    def recorded(config: object, *arguments: object) -> None:
+    def recorded(config: object, *arguments: object) -> object:
         launched.append(config)
-        launch(config, *arguments)  # type: ignore[arg-type]
+        return plan(config, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lateral_connection_descriptors, "launch", recorded)
+    monkeypatch.setattr(lateral_connection_descriptors, "plan", recorded)
     arguments = (feature, weight, bias, top, mode, 0.5, None)
     expected = lateral_connection.lateral_connection(*arguments)
     assert not launched, "it stays off until it has been measured"
@@ -121,7 +121,7 @@ def test_the_table_entry_turns_it_on(
 @interpreted
 def test_what_it_cannot_read_stays_with_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half", "ieee"}))
-    monkeypatch.setattr(lateral_connection_descriptors, "launch", None)  # not callable: a launch would raise
+    monkeypatch.setattr(lateral_connection_descriptors, "plan", None)  # not callable: it would raise
     weight = _weight(8, 16, torch.float16)
     for feature in (
         random_map((1, 16, 5, 9), torch.float16),

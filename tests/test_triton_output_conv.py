@@ -135,9 +135,9 @@ def test_levels_of_a_pyramid_in_one_launch(dtype: torch.dtype, layout: str, monk
     _poison(monkeypatch)
     monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", 5)
     launches: list[int] = []
-    convolve = output_conv.launch
+    plan = output_conv.plan
     monkeypatch.setattr(
-        output_conv, "launch", lambda levels, *rest: (launches.append(len(levels)), convolve(levels, *rest))
+        output_conv, "plan", lambda levels, *rest: (launches.append(len(levels)), plan(levels, *rest))[1]
     )
     sizes = [(1, 1), (13, 20), (7, 12), (4, 4)]
     features = [random_map((2, 24, *size), dtype, layout="nhwc") for size in sizes]

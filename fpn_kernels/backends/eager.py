@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fpn_kernels import resampling
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.backends.selection import Backend, Implementation
+from fpn_kernels.backends.selection import Backend, Implementation, unprepared
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -195,7 +195,7 @@ BACKEND = Backend(
     name="eager",
     unavailable=lambda: None,
     implementations={
-        run.__name__: Implementation(run, _serves_all)
+        run.__name__: Implementation(unprepared(run), _serves_all)
         for run in (
             *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
             *(weighted_merge, weighted_merge_backward, output_conv, reorder),

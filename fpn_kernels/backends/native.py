@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fpn_kernels.backends import convolution, library_file
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.backends.selection import Backend, Implementation
+from fpn_kernels.backends.selection import AtOnce, Backend, Implementation
 from fpn_kernels.resampling import MODES
 
 # The variable names another build of it, such as one with sanitizers.
@@ -53,44 +54,81 @@ def load_error() -> str | None:
     return None
 
 
-def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
-    out = allocate(lateral.shape, lateral, result_format(lateral))
-    torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, _MODE_NUMBERS[mode], gain, out)
-    return out
+@AtOnce
+def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
+    shape, out_format, number = tuple(lateral.shape), result_format(lateral), _MODE_NUMBERS[mode]
+    merge = torch.ops.fpn_kernels_native.upsample_add.default
+
+    def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+        out = allocate(shape, lateral, out_format)
+        merge(top, lateral, number, gain, out)
+        return out
+
+    return run
 
 
-def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
-    grad_top = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    torch.ops.fpn_kernels_native.upsample_add_backward.default(grad, _MODE_NUMBERS[mode], gain, grad_top)
-    return grad_top
+@AtOnce
+def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Callable[..., Tensor]:
+    shape, out_format, number = (*grad.shape[:2], *top_size), result_format(grad), _MODE_NUMBERS[mode]
+    adjoint = torch.ops.fpn_kernels_native.upsample_add_backward.default
+
+    def run(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
+        grad_top = allocate(shape, grad, out_format)
+        adjoint(grad, number, gain, grad_top)
+        return grad_top
+
+    return run
 
 
+@AtOnce
 def merge_backward(
     grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
-) -> tuple[Tensor, Tensor]:
-    grad_top = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    # The library adds up in float64; rounded here, once.
-    grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
-    # An own gradient that lies in memory as the result does is added in the same pass.
-    alike = own is not None and own.stride() == grad_top.stride()
-    torch.ops.fpn_kernels_native.merge_backward.default(
-        grad, own if alike else None, _MODE_NUMBERS[mode], gain, grad_top, grad_bias
-    )
-    return grad_top if own is None or alike else grad_top.add_(own), grad_bias.to(grad.dtype)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    shape, out_format, number = (*grad.shape[:2], *top_size), result_format(grad), _MODE_NUMBERS[mode]
+    adjoint = torch.ops.fpn_kernels_native.merge_backward.default
+
+    def run(
+        grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
+    ) -> tuple[Tensor, Tensor]:
+        grad_top = allocate(shape, grad, out_format)
+        # The library adds up in float64; rounded here, once.
+        grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
+        # An own gradient that lies in memory as the result does is added in the same pass.
+        alike = own is not None and own.stride() == grad_top.stride()
+        adjoint(grad, own if alike else None, number, gain, grad_top, grad_bias)
+        return grad_top if own is None or alike else grad_top.add_(own), grad_bias.to(grad.dtype)
+
+    return run
 
 
-def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
-    out = allocate(first.shape, first, result_format(first))
-    torch.ops.fpn_kernels_native.weighted_merge.default(first, second, third, factors, _MODE_NUMBERS[mode], out)
-    return out
+@AtOnce
+def weighted_merge(
+    first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str
+) -> Callable[..., Tensor]:
+    shape, out_format, number = tuple(first.shape), result_format(first), _MODE_NUMBERS[mode]
+    merge = torch.ops.fpn_kernels_native.weighted_merge.default
+
+    def run(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+        out = allocate(shape, first, out_format)
+        merge(first, second, third, factors, number, out)
+        return out
+
+    return run
 
 
-def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    grad_input = allocate(grad.shape, grad, result_format(grad))
-    # The library adds up in float64; rounded here, once.
-    grad_factor = torch.empty((), dtype=torch.float64)
-    torch.ops.fpn_kernels_native.weighted_merge_backward.default(grad, input, factor, grad_input, grad_factor)
-    return grad_input, grad_factor.to(factor.dtype)
+@AtOnce
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    shape, out_format = tuple(grad.shape), result_format(grad)
+    adjoint = torch.ops.fpn_kernels_native.weighted_merge_backward.default
+
+    def run(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        grad_input = allocate(shape, grad, out_format)
+        # The library adds up in float64; rounded here, once.
+        grad_factor = torch.empty((), dtype=torch.float64)
+        adjoint(grad, input, factor, grad_input, grad_factor)
+        return grad_input, grad_factor.to(factor.dtype)
+
+    return run
 
 
 def _accumulate(
@@ -145,6 +183,7 @@ def _merge_in_place(top: Tensor, lateral: Tensor, mode: int, gain: float) -> Ten
     return out
 
 
+@AtOnce
 def lateral_connection(
     feature: Tensor,
     weight: Tensor,
@@ -153,44 +192,67 @@ def lateral_connection(
     mode: str,
     gain: float,
     memory_format: torch.memory_format | None,
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """The library's own matrix product where it is the faster one on this CPU, else PyTorch's.
 
     PyTorch's serves 16-bit maps by `_accumulate`.  float32 maps go through its convolution and one merge instead: its
     float32 matrix product was measured less exact than its convolution on small maps (257 channels: 1.2 times).
     """
     out_format = requested_format(feature, memory_format)
-    number, gain = _MODE_NUMBERS[mode], 1.0 if top is None else gain
+    shape, number = (feature.shape[0], weight.shape[0], *feature.shape[2:]), _MODE_NUMBERS[mode]
     by_convolution = _convolution_is_faster(feature, out_format, top is not None)
-    if not by_convolution:
-        if top is not None and top.stride(1) != 1 and _multiplies_by_tiles(feature.dtype):
-            # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy
-            # included, where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
-            top = reorder(top, torch.channels_last)
-        out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
-        bias32 = feature.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias.float().contiguous()
-        if torch.ops.fpn_kernels_native.lateral_connection.default(feature, weight, bias32, top, number, gain, out):
-            return out
-        if feature.dtype != torch.float32:
+    # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy included,
+    # where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
+    turns_top = top is not None and top.stride(1) != 1 and not by_convolution and _multiplies_by_tiles(feature.dtype)
+    declined = False  # by the library, which goes by what calls alike have in common
+    no_bias = torch.zeros(weight.shape[0]) if bias is None else None
+    connect = torch.ops.fpn_kernels_native.lateral_connection.default
+    merge = torch.ops.fpn_kernels_native.upsample_add.default
+
+    def run(
+        feature: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        top: Tensor | None,
+        mode: str,
+        gain: float,
+        memory_format: torch.memory_format | None,
+    ) -> Tensor:
+        nonlocal declined
+        if top is None:
+            gain = 1.0
+        if turns_top and top is not None:
+            top = _reorder(top, torch.channels_last)
+        if not by_convolution and not declined:
+            out = allocate(shape, feature, out_format)
+            addend = no_bias if bias is None else bias.float().contiguous()
+            if connect(feature, weight, addend, top, number, gain, out):
+                return out
+            declined = True
+        if not by_convolution and feature.dtype != torch.float32:
+            out = allocate(shape, feature, out_format)
             _accumulate(feature, weight, bias, top, number, gain, out)
             return out
-    lateral = F.conv2d(feature, weight[:, :, None, None], bias)
-    if top is None:
-        return lateral.contiguous(memory_format=out_format)
-    if by_convolution:
-        return _merge_in_place(top, lateral, number, gain)
-    torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, number, gain, out)
-    return out
+        lateral = F.conv2d(feature, weight[:, :, None, None], bias)
+        if top is None:
+            return lateral.contiguous(memory_format=out_format)
+        if by_convolution:
+            return _merge_in_place(top, lateral, number, gain)
+        out = allocate(shape, feature, out_format)
+        merge(top, lateral, number, gain, out)
+        return out
+
+    return run
 
 
-def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
+def _reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     out = allocate(source.shape, source, memory_format)
     torch.ops.fpn_kernels_native.reorder.default(source, out)
     return out
 
 
 def _in_layout(source: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return source if source.is_contiguous(memory_format=memory_format) else reorder(source, memory_format)
+    return source if source.is_contiguous(memory_format=memory_format) else _reorder(source, memory_format)
 
 
 def _convolve(feature: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -205,23 +267,39 @@ def _convolve(feature: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(feature.to(dtype), weight.to(dtype), bias, padding=1).to(feature.dtype)
 
 
+@AtOnce
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """The library's own convolution where it is the faster one on this CPU, written in the layout asked for.
 
     Elsewhere PyTorch's, and a fast copy where its result has another layout.
     """
     out_format = requested_format(feature, memory_format)
+    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
     by_tiles = _multiplies_by_tiles(feature.dtype)
-    if by_tiles and convolution.is_large(feature):
-        # The tiles' own copy takes twice as long: a block's share of a channel is short.
-        feature = _in_layout(feature, convolution.fastest_format("cpu", feature.dtype))
-    if by_tiles or feature.dtype in (torch.float32, torch.float16):
-        out = allocate((feature.shape[0], weight.shape[0], *feature.shape[2:]), feature, out_format)
-        if torch.ops.fpn_kernels_native.output_conv.default(feature, weight, bias, out):
-            return out
-    return _in_layout(_convolve(feature, weight, bias), out_format)
+    own = by_tiles or feature.dtype in (torch.float32, torch.float16)
+    # The tiles' own copy takes twice as long: a block's share of a channel is short.
+    turns = by_tiles and convolution.is_large(feature)
+    convolve = torch.ops.fpn_kernels_native.output_conv.default
+
+    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None) -> Tensor:
+        nonlocal own
+        if turns:
+            feature = _in_layout(feature, convolution.fastest_format("cpu", feature.dtype))
+        if own:
+            out = allocate(shape, feature, out_format)
+            if convolve(feature, weight, bias, out):
+                return out
+            own = False  # declined, by what calls alike have in common
+        return _in_layout(_convolve(feature, weight, bias), out_format)
+
+    return run
+
+
+@AtOnce
+def reorder(source: Tensor, memory_format: torch.memory_format) -> Callable[..., Tensor]:
+    return _reorder
 
 
 def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
@@ -254,12 +332,14 @@ def _refusal_but_on_the_cpu(tensor: Tensor, *_: object) -> str | None:
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {
-    **{run.__name__: Implementation(run, _refusal) for run in (upsample_add, upsample_add_backward)},
-    **{
-        run.__name__: Implementation(run, _refusal_but_on_the_cpu)
-        for run in (lateral_connection, merge_backward, weighted_merge, weighted_merge_backward, reorder)
-    },
+    "upsample_add": Implementation(upsample_add.prepare, _refusal),
+    "upsample_add_backward": Implementation(upsample_add_backward.prepare, _refusal),
+    "lateral_connection": Implementation(lateral_connection.prepare, _refusal_but_on_the_cpu),
+    "merge_backward": Implementation(merge_backward.prepare, _refusal_but_on_the_cpu),
+    "weighted_merge": Implementation(weighted_merge.prepare, _refusal_but_on_the_cpu),
+    "weighted_merge_backward": Implementation(weighted_merge_backward.prepare, _refusal_but_on_the_cpu),
+    "output_conv": Implementation(output_conv.prepare, _refusal_but_on_the_cpu, _output_conv_format),
+    "reorder": Implementation(reorder.prepare, _refusal_but_on_the_cpu),
 }
-_IMPLEMENTATIONS["output_conv"] = Implementation(output_conv, _refusal_but_on_the_cpu, _output_conv_format)
 
 BACKEND = Backend(name="native", unavailable=load_error, implementations=_IMPLEMENTATIONS)

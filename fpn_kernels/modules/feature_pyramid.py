@@ -169,24 +169,23 @@ class FeaturePyramidNetwork(nn.Module):
             raise ValueError(
                 f"x: expected {len(self.inner_blocks)} feature maps, one for each level, got {len(features)}"
             )
-        for level, (name, feature) in enumerate(zip(names, features, strict=True)):
-            self._check_feature(level, f"x[{name!r}]" if isinstance(x, Mapping) else f"x[{level}]", feature)
+        named = isinstance(x, Mapping)
+        for level, (name, feature, block) in enumerate(zip(names, features, self.inner_blocks, strict=True)):
+            _check_feature(level, f"x[{name!r}]" if named else f"x[{level}]", feature, block)
         return names, features
 
-    def _check_feature(self, level: int, argument: str, feature: Any) -> None:
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"{argument}: expected a Tensor for level {level}, got {type(feature).__name__}")
-        if feature.dim() != 4:
-            raise ValueError(
-                f"{argument}: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}"
-            )
-        block = self.inner_blocks[level]
-        convolution = block[0] if isinstance(block, nn.Sequential) and len(block) > 0 else block
-        if isinstance(convolution, nn.Conv2d) and feature.shape[1] != convolution.in_channels:
-            raise ValueError(
-                f"{argument}: expected {convolution.in_channels} channels for level {level},"
-                f" got {feature.shape[1]} (shape {tuple(feature.shape)})"
-            )
+
+def _check_feature(level: int, argument: str, feature: Any, block: nn.Module) -> None:
+    if not isinstance(feature, Tensor):
+        raise TypeError(f"{argument}: expected a Tensor for level {level}, got {type(feature).__name__}")
+    if feature.dim() != 4:
+        raise ValueError(f"{argument}: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")
+    convolution = next(iter(block), block) if isinstance(block, nn.Sequential) else block
+    if isinstance(convolution, nn.Conv2d) and feature.shape[1] != convolution.in_channels:
+        raise ValueError(
+            f"{argument}: expected {convolution.in_channels} channels for level {level},"
+            f" got {feature.shape[1]} (shape {tuple(feature.shape)})"
+        )
 
 
 def _convolution(

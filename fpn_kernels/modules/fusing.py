@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
+
+def _everything_is_observed() -> bool:
+    """Whether someone hooked all modules."""
+    hooks = module_globals
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
 
 
 def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor | None] | None:
@@ -27,9 +35,10 @@ def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor
         kernel_size: 1 for a lateral connection, 3 (padding 1) for an output convolution.
     """
     if isinstance(block, nn.Sequential):
-        if not _is_pristine(block, nn.Sequential.forward) or not 1 <= len(block) <= 2:
+        modules = tuple(block)
+        if not _is_pristine(block, nn.Sequential.forward) or not 1 <= len(modules) <= 2:
             return None
-        return convolution_parameters(block[0], block[1] if len(block) == 2 else None, kernel_size)
+        return convolution_parameters(modules[0], modules[1] if len(modules) == 2 else None, kernel_size)
     return convolution_parameters(block, None, kernel_size)
 
 
@@ -51,7 +60,7 @@ def convolution_parameters(
         kernel_size: as in `fused_parameters`.
         forward: the forward that the class of `convolution` must have.
     """
-    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+    if _everything_is_observed():
         return None
     if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution, kernel_size, forward):
         return None
@@ -86,4 +95,10 @@ def _is_pristine(module: nn.Module, forward: Callable[..., Any]) -> bool:
 
 def is_observed(module: nn.Module) -> bool:
     """Whether someone hooked this module, or put a forward of their own on the instance."""
-    return "forward" in module.__dict__ or any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -5,7 +5,7 @@ Without `top`, the convolution alone and no gain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,44 @@ from torch import Tensor
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_lateral_connection
+
+
+def _check(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    mode: str,
+    gain: float,
+    memory_format: torch.memory_format | None,
+) -> None:
+    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
+
+
+def _allocate(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    mode: str,
+    gain: float,
+    memory_format: torch.memory_format | None,
+) -> Tensor:
+    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
+    return allocate(shape, feature, requested_format(feature, memory_format))
+
+
+def prepare(feature: Tensor, weight: Tensor, *rest: Any) -> Callable[..., Tensor]:
+    """What computes the operator; a backend has the weight as a matrix."""
+    return selection.prepare(
+        "lateral_connection",
+        *(feature, weight.flatten(1), *rest),
+        # With the weight as it came: so the message shows it.
+        check=lambda feature, matrix, *rest: _check(feature, weight, *rest),
+        empty=_allocate,
+    )
 
 
 def _kernel(
@@ -28,12 +64,8 @@ def _kernel(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
-    if feature.numel() == 0:
-        return _fake(feature, weight, bias, top, mode=mode, gain=gain, memory_format=memory_format)
-    matrix = weight.flatten(1)
-    result: Tensor = selection.call("lateral_connection", feature, matrix, bias, top, mode, gain, memory_format)
-    return result
+    rest = (bias, top, mode, gain, memory_format)
+    return prepare(feature, weight, *rest)(feature, weight.flatten(1), *rest)
 
 
 def _fake(
@@ -46,9 +78,8 @@ def _fake(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
-    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
-    return allocate(shape, feature, requested_format(feature, memory_format))
+    _check(feature, weight, bias, top, mode, gain, memory_format)
+    return _allocate(feature, weight, bias, top, mode, gain, memory_format)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
@@ -90,7 +121,8 @@ def feature_gradient(grad: Tensor, weight: Tensor, gain: float, memory_format: t
     """The adjoint of a 1x1 convolution is the 1x1 convolution with the transposed weight.  Differentiable."""
     adjoint = weight.flatten(1).t()
     adjoint = adjoint if gain == 1.0 else adjoint * gain
-    result: Tensor = torch.ops.fpn_kernels.lateral_connection(grad, adjoint, None, None, memory_format=memory_format)
+    connect = direct.operators(grad, adjoint).lateral_connection
+    result: Tensor = connect(grad, adjoint, None, None, memory_format=memory_format)
     return result
 
 
@@ -98,7 +130,7 @@ def aligned(grad: Tensor, feature_format: torch.memory_format) -> Tensor:
     """The gradient in the layout in which the two products with it are fastest.  Differentiable."""
     if not _pays_to_align(grad, feature_format):
         return grad
-    result: Tensor = torch.ops.fpn_kernels.reorder(grad, memory_format=feature_format)
+    result: Tensor = direct.operators(grad).reorder(grad, memory_format=feature_format)
     return result
 
 
@@ -120,9 +152,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     grad_feature = grad_weight = grad_bias = grad_top = None
     options = {"mode": ctx.mode, "gain": ctx.gain}
     if wants_top and wants_bias:
-        grad_top, grad_bias = torch.ops.fpn_kernels.merge_backward(grad, ctx.top_size, None, **options)
+        grad_top, grad_bias = direct.operators(grad).merge_backward(grad, ctx.top_size, None, **options)
     elif wants_top:
-        grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **options)
+        grad_top = direct.operators(grad).upsample_add_backward(grad, ctx.top_size, **options)
     elif wants_bias:
         grad_bias = sum_per_channel(grad, ctx.gain)
     if wants_feature or wants_weight:

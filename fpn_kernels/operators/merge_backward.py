@@ -10,23 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_adjoint
+
+
+def _check(grad: Tensor, top_size: Sequence[int], own: Tensor | None, mode: str, gain: float) -> None:
+    check_adjoint(grad, top_size, mode, own)
+
+
+def _empty(grad: Tensor, top_size: Sequence[int], own: Tensor | None, mode: str, gain: float) -> tuple[Tensor, Tensor]:
+    return allocate((*grad.shape[:2], *top_size), grad, result_format(grad)), grad.new_zeros(grad.shape[1])
 
 
 def _kernel(
     grad: Tensor, top_size: Sequence[int], own: Tensor | None, *, mode: str = "nearest", gain: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    check_adjoint(grad, top_size, mode, own)
-    height, width = top_size
-    if grad.numel() == 0:
-        return _fake(grad, top_size, own, mode=mode, gain=gain)[0], grad.new_zeros(grad.shape[1])
-    result: tuple[Tensor, Tensor] = selection.call("merge_backward", grad, (height, width), own, mode, gain)
+    arguments = (grad, tuple(top_size), own, mode, gain)
+    result: tuple[Tensor, Tensor] = selection.call("merge_backward", *arguments, check=_check, empty=_empty)
     return result
 
 
@@ -49,7 +53,7 @@ def _backward(ctx: Any, grad_of_top: Tensor, grad_of_bias: Tensor) -> tuple[Tens
     if wants_grad:
         # Both results are linear in grad: its gradient is gain * (resize(grad_of_top) + grad_of_bias), one merge.
         lateral = grad_of_bias.view(1, -1, 1, 1).expand(ctx.size)
-        grad_of_grad = torch.ops.fpn_kernels.upsample_add(grad_of_top, lateral, **ctx.options)
+        grad_of_grad = direct.operators(grad_of_top, lateral).upsample_add(grad_of_top, lateral, **ctx.options)
     return grad_of_grad, None, grad_of_top if wants_own else None
 
 

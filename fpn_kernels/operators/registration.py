@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpn_kernels.operators import direct
+
 LIBRARY = torch.library.Library("fpn_kernels", "DEF")
 
 # Autocast is a property of these devices; on the others torch has no such dispatch key for Python to serve.
@@ -22,6 +24,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     """Registers an operator on every device; returns its qualified name."""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    setattr(direct.KERNELS, name, kernel)
     qualified = f"fpn_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     return qualified
@@ -30,6 +33,9 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 def differentiable(qualified: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Registers the autograd formula of an operator."""
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    name = qualified.split("::")[1]
+    kernel = getattr(direct.KERNELS, name)
+    setattr(direct.DIFFERENTIABLE, name, direct.differentiable(name, kernel, backward, setup_context))
 
 
 def autocast(qualified: str, maps: int | None = None) -> None:

@@ -14,16 +14,17 @@ from fpn_kernels.operators.checks import check_reorder
 
 
 def _kernel(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
-    check_reorder(source, memory_format)
-    if source.numel() == 0:
-        return allocate(source.shape, source, memory_format)
-    result: Tensor = selection.call("reorder", source, memory_format)
+    result: Tensor = selection.call("reorder", source, memory_format, check=check_reorder, empty=_allocate)
     return result
+
+
+def _allocate(source: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return allocate(source.shape, source, memory_format)
 
 
 def _fake(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
     check_reorder(source, memory_format)
-    return allocate(source.shape, source, memory_format)
+    return _allocate(source, memory_format)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:

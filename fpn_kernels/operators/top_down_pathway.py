@@ -6,7 +6,7 @@ from its own output: another pass over both.  Here `merge_backward` adds it wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_pathway
-from fpn_kernels.operators.lateral_connection import aligned, feature_gradient, weight_gradient
+from fpn_kernels.operators.lateral_connection import aligned, feature_gradient, prepare, weight_gradient
 
 
 def _by_level(biases: Sequence[Tensor], levels: Sequence[int], count: int) -> list[Tensor | None]:
@@ -42,16 +42,26 @@ def _kernel(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
+    options = (mode, gain, memory_format)
+    arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, *options)
+    key = selection.likeness("top_down_pathway", arguments) if features else None
+    connections: list[Callable[..., Tensor]] | None = selection.recall(key)
     placed = _by_level(biases, bias_levels, len(features))
-    check_pathway(features, weights, placed, mode, memory_format)
-    if features[0].shape[0] == 0:
-        return _fake(features, weights, biases, bias_levels, mode=mode, gain=gain, memory_format=memory_format)
+    prepared: list[Callable[..., Tensor]] = []
+    if connections is None:
+        check_pathway(features, weights, placed, mode, memory_format)
+        if features[0].shape[0] == 0:
+            return _fake(features, weights, biases, bias_levels, mode=mode, gain=gain, memory_format=memory_format)
     merged: list[Tensor] = []
     top: Tensor | None = None
-    for feature, weight, bias in zip(reversed(features), reversed(weights), reversed(placed), strict=True):
-        arguments = (feature, weight.flatten(1), bias, top, mode, gain, memory_format)
-        top = selection.call("lateral_connection", *arguments)
+    for level in reversed(range(len(features))):
+        feature, weight, bias = features[level], weights[level], placed[level]
+        connection = prepare(feature, weight, bias, top, *options) if connections is None else connections[level]
+        top = connection(feature, weight.flatten(1), bias, top, *options)
+        prepared.append(connection)
         merged.append(top)
+    if connections is None:
+        selection.remember(key, prepared[::-1])
     return merged[::-1]
 
 
@@ -95,9 +105,9 @@ def _merge_gradient(
     options = {"mode": ctx.mode, "gain": ctx.gain}
     size = ctx.sizes[level + 1]
     if wants_bias:
-        result: tuple[Tensor, Tensor] = torch.ops.fpn_kernels.merge_backward(grad, size, own, **options)
+        result: tuple[Tensor, Tensor] = direct.operators(grad, own).merge_backward(grad, size, own, **options)
         return result
-    grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, size, **options)
+    grad_top = direct.operators(grad).upsample_add_backward(grad, size, **options)
     return grad_top if own is None else grad_top + own, None
 
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_upsample_add
 
 
-def _kernel(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+def _check(top: Tensor, lateral: Tensor, mode: str, gain: float) -> None:
     check_upsample_add(top, lateral, mode)
-    if lateral.numel() == 0:
-        return allocate(lateral.shape, lateral, result_format(lateral))
-    result: Tensor = selection.call("upsample_add", top, lateral, mode, gain)
+
+
+def _allocate(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+    return allocate(lateral.shape, lateral, result_format(lateral))
+
+
+def _kernel(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+    result: Tensor = selection.call("upsample_add", top, lateral, mode, gain, check=_check, empty=_allocate)
     return result
 
 
 def _fake(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
-    check_upsample_add(top, lateral, mode)
-    return allocate(lateral.shape, lateral, result_format(lateral))
+    _check(top, lateral, mode, gain)
+    return _allocate(top, lateral, mode, gain)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
@@ -37,7 +41,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     gain = ctx.options["gain"]
     grad_top = grad_lateral = None
     if wants_top:
-        grad_top = torch.ops.fpn_kernels.upsample_add_backward(grad, ctx.top_size, **ctx.options)
+        grad_top = direct.operators(grad).upsample_add_backward(grad, ctx.top_size, **ctx.options)
     if wants_lateral:
         grad_lateral = grad if gain == 1.0 else grad * gain
     return grad_top, grad_lateral

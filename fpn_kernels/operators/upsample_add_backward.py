@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_adjoint
 
 
-def _kernel(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+def _check(grad: Tensor, top_size: Sequence[int], mode: str, gain: float) -> None:
     check_adjoint(grad, top_size, mode)
-    height, width = top_size
-    if grad.numel() == 0:
-        return allocate((*grad.shape[:2], height, width), grad, result_format(grad))
-    result: Tensor = selection.call("upsample_add_backward", grad, (height, width), mode, gain)
+
+
+def _allocate(grad: Tensor, top_size: Sequence[int], mode: str, gain: float) -> Tensor:
+    return allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
+
+
+def _kernel(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+    options = (tuple(top_size), mode, gain)
+    result: Tensor = selection.call("upsample_add_backward", grad, *options, check=_check, empty=_allocate)
     return result
 
 
 def _fake(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
-    check_adjoint(grad, top_size, mode)
-    return allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
+    _check(grad, top_size, mode, gain)
+    return _allocate(grad, top_size, mode, gain)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
@@ -37,7 +41,7 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
 def _backward(ctx: Any, grad_of_result: Tensor) -> tuple[Tensor, None]:
     # The adjoint of the adjoint is the resize itself: a merge onto a lateral of zeros that has no storage to read.
     zeros = grad_of_result.new_zeros(()).expand(ctx.size)
-    return torch.ops.fpn_kernels.upsample_add(grad_of_result, zeros, **ctx.options), None
+    return direct.operators(grad_of_result).upsample_add(grad_of_result, zeros, **ctx.options), None
 
 
 _NAME = registration.define(

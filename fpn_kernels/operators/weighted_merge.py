@@ -14,7 +14,7 @@ from torch import Tensor
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.eager import inner_product, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_weighted_merge
 
 
@@ -22,17 +22,23 @@ def _inputs(first: Tensor, second: Tensor, third: Tensor | None) -> tuple[Tensor
     return (first, second) if third is None else (first, second, third)
 
 
-def _kernel(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
+def _check(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> None:
     check_weighted_merge(_inputs(first, second, third), factors, mode)
-    if first.numel() == 0:
-        return allocate(first.shape, first, result_format(first))
-    result: Tensor = selection.call("weighted_merge", first, second, third, factors, mode)
+
+
+def _allocate(first: Tensor, *_: object) -> Tensor:
+    return allocate(first.shape, first, result_format(first))
+
+
+def _kernel(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
+    arguments = (first, second, third, factors, mode)
+    result: Tensor = selection.call("weighted_merge", *arguments, check=_check, empty=_allocate)
     return result
 
 
 def _fake(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
-    check_weighted_merge(_inputs(first, second, third), factors, mode)
-    return allocate(first.shape, first, result_format(first))
+    _check(first, second, third, factors, mode)
+    return _allocate(first)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
@@ -58,11 +64,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share = grad
         if size != ctx.size:
             # <grad, resize(input)> is <adjoint(grad), input>: both gradients of a coarse map are made at its size.
-            share = torch.ops.fpn_kernels.upsample_add_backward(grad, size, mode=ctx.mode)
+            share = direct.operators(grad).upsample_add_backward(grad, size, mode=ctx.mode)
         if not wants_factors:
             gradients.append(scaled(share, factors[index]))
         elif wants:
-            scaled_share, product = torch.ops.fpn_kernels.weighted_merge_backward(share, tensor, factors[index])
+            of = direct.operators(share, tensor, factors).weighted_merge_backward
+            scaled_share, product = of(share, tensor, factors[index])
             gradients.append(scaled_share)
             grad_factors.append(product)
         else:

@@ -14,16 +14,19 @@ from torch import Tensor
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.eager import inner_product, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_weighted_merge_backward
 
 
 def _kernel(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    check_weighted_merge_backward(grad, input, factor)
-    if grad.numel() == 0:
-        return allocate(grad.shape, grad, result_format(grad)), torch.zeros_like(factor)
-    result: tuple[Tensor, Tensor] = selection.call("weighted_merge_backward", grad, input, factor)
+    result: tuple[Tensor, Tensor] = selection.call(
+        "weighted_merge_backward", grad, input, factor, check=check_weighted_merge_backward, empty=_empty
+    )
     return result
+
+
+def _empty(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    return allocate(grad.shape, grad, result_format(grad)), torch.zeros_like(factor)
 
 
 def _fake(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +45,12 @@ def _backward(ctx: Any, grad_of_scaled: Tensor, grad_of_product: Tensor) -> tupl
     if wants_grad:
         # Both results are linear in grad: its gradient is a weighted merge of theirs.
         factors = torch.stack((factor, grad_of_product))
-        grad_grad = torch.ops.fpn_kernels.weighted_merge(grad_of_scaled, input, None, factors)
+        merge = direct.operators(grad_of_scaled, input, factors).weighted_merge
+        grad_grad = merge(grad_of_scaled, input, None, factors)
     if wants_input and wants_factor:
         # With the gradients in each other's place it is the operator itself.
-        grad_input, grad_factor = torch.ops.fpn_kernels.weighted_merge_backward(grad, grad_of_scaled, grad_of_product)
+        of = direct.operators(grad, grad_of_scaled, grad_of_product).weighted_merge_backward
+        grad_input, grad_factor = of(grad, grad_of_scaled, grad_of_product)
     elif wants_input:
         grad_input = scaled(grad, grad_of_product)
     elif wants_factor:

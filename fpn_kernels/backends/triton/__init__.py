@@ -2,6 +2,7 @@
 
     eligibility.py              why a call cannot be served; asked before anything is imported or launched
     geometry.py                 what a launch needs to know of its tensors: strides, reach, alignment
+    launching.py                a launch put together once, and repeated for the calls that are alike
     device.py                   index arithmetic that the kernels share
     upsample_add.py             upsample_add
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
@@ -31,15 +32,15 @@ from fpn_kernels.backends.triton import eligibility
 
 
 def _at_first_launch(operator: str) -> Callable[..., Any]:
+    """`prepare` of the operator's file."""
     kernels: list[Callable[..., Any]] = []
 
-    def run(*arguments: Any) -> Any:
+    def prepare(*arguments: Any) -> Any:
         if not kernels:
-            kernels.append(getattr(importlib.import_module(f"{__name__}.{operator}"), operator))
+            kernels.append(getattr(importlib.import_module(f"{__name__}.{operator}"), operator).prepare)
         return kernels[0](*arguments)
 
-    run.__name__ = operator
-    return run
+    return prepare
 
 
 BACKEND = Backend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import _allocation
 
 from fpn_kernels.backends.triton import descriptor_kernels as kernels
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant
 
 # Output channels, and input channels of one of them, that a program packs.
@@ -84,7 +84,7 @@ def filling(
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One map's convolution; `weight` is a matrix [Cout, taps * Cin] as `matrices` makes it."""
+    """One map's convolution; of `out`, shape and strides alone are read."""
 
     feature: Tensor
     weight: Tensor
@@ -93,43 +93,57 @@ class Level:
     out: Tensor
 
 
-def matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> list[Tensor]:
-    """The weights of several levels, of one shape and the same strides, as matrices [Cout, taps * Cin] for `convolve`.
+Matrices = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def plan_matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> tuple[Matrices, tuple[int, int]]:
+    """What makes the weights of several levels, of one shape and the same strides, into matrices [Cout, taps * Cin].
 
     A 1x1 weight is such a matrix already where its rows are contiguous, a 3x3 weight in channels_last where `depth`
     divides its channels: these are views.  Others are packed by one launch for all levels, which reads and writes each
     weight once (256 to 256 channels in 16 bits: 1.2 MB each way), and so is every weight for TF32, to be rounded.
     Nothing is remembered between calls.
+
+    Returns:
+        The function, and the stride and the number of the matrices' columns.
     """
-    views = [_as_matrix(weight, depth) for weight in weights]
-    if arithmetic != "tf32" and all(view is not None for view in views):
-        return [view for view in views if view is not None]
+    if arithmetic != "tf32" and all(_is_matrix(weight, depth) for weight in weights):
+        view = _as_matrix(weights[0])
+        return lambda weights: [_as_matrix(weight) for weight in weights], (view.stride(0), view.shape[1])
     out_channels, in_channels = weights[0].shape[:2]
     taps = weights[0][0, 0].numel()
     padded = -(-in_channels // depth) * depth
-    packed = weights[0].new_empty(len(weights), out_channels, taps * padded)
-    grid = (taps * -(-out_channels // _PACKED_ROWS), -(-padded // _PACKED_COLUMNS), len(weights))
-    with geometry.device_guard(packed):
-        kernels.pack[grid](
-            *(tuple(weights), packed, taps, in_channels, out_channels),
-            *(*geometry.strides(weights[0]), 0, 0)[:4],
-            padded,
-            LEVELS=len(weights),
-            ARITHMETIC=arithmetic,
-            ROWS=_PACKED_ROWS,
-            COLUMNS=_PACKED_COLUMNS,
-        )
-    return list(packed)
+    pack = launching.Launch(
+        kernels.pack,
+        (taps * -(-out_channels // _PACKED_ROWS), -(-padded // _PACKED_COLUMNS), len(weights)),
+        (taps, in_channels, out_channels, *(*geometry.strides(weights[0]), 0, 0)[:4], padded),
+        {"LEVELS": len(weights), "ARITHMETIC": arithmetic, "ROWS": _PACKED_ROWS, "COLUMNS": _PACKED_COLUMNS},
+        weights[0],
+    )
+
+    def packed(weights: Sequence[Tensor]) -> list[Tensor]:
+        result = weights[0].new_empty(len(weights), out_channels, taps * padded)
+        pack(tuple(weights), result)
+        return list(result)
+
+    return packed, (taps * padded, taps * padded)
 
 
-def _as_matrix(weight: Tensor, depth: int) -> Tensor | None:
-    """A view of the weight as [Cout, taps * Cin], or None where there is none that a descriptor can read."""
+def matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> list[Tensor]:
+    return plan_matrices(weights, arithmetic, depth)[0](weights)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+
+
+def _is_matrix(weight: Tensor, depth: int) -> bool:
+    """Whether a descriptor can read a view of the weight as [Cout, taps * Cin]."""
     if weight.dim() == 4:
         if weight.shape[1] % depth or not weight.permute(0, 2, 3, 1).is_contiguous():
-            return None
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-    aligned = geometry.alignment(weight, 1, weight.shape[1]) >= geometry.full_access(weight)
-    return weight if aligned and weight.stride(0) > 0 else None
+            return False
+        weight = _as_matrix(weight)
+    return geometry.alignment(weight, 1, weight.shape[1]) >= geometry.full_access(weight) and weight.stride(0) > 0
 
 
 @contextlib.contextmanager
@@ -172,10 +186,14 @@ def boxed(outs: Sequence[Tensor]) -> bool:
     return all(geometry.alignment(out, dim, out.shape[dim]) >= geometry.full_access(out) for out in outs)
 
 
-def launch(
-    levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str, mode: str = "nearest", gain: float = 1.0
-) -> None:
-    """Writes each level's convolution into its dense `out`.
+# Called with the features, weights, biases and results of the levels, the top and the gain.
+Convolution = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Tensor | None, float], None
+]
+
+
+def plan(levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str, mode: str = "nearest") -> Convolution:
+    """What writes each level's convolution into its dense `out`.
 
     Several levels agree in batch, channels, dtype, the layout of `out`, the strides of weight and bias, and in having
     a bias or not; their features are dense NHWC maps, and they have no top.
@@ -186,32 +204,55 @@ def launch(
     (batch, in_channels, height, width), out_channels = one.feature.shape, one.out.shape[1]
     sizes = [(level.feature.shape[2], level.feature.shape[3]) for level in levels]
     tiles = config.tiles(batch, out_channels, sizes)
-    with geometry.device_guard(one.feature), _scratch(one.feature.device):
-        kernels.convolve[(min(tiles, config.resident * geometry.processors(one.feature)),)](
-            *(tuple(level.feature for level in levels), tuple(level.weight for level in levels)),
-            *(outs if one.bias is None else tuple(level.bias for level in levels), outs, top, gain),
+    to_matrices, columns = plan_matrices([level.weight for level in levels], arithmetic, config.depth)
+    convolve = launching.Launch(
+        kernels.convolve,
+        (min(tiles, config.resident * geometry.processors(one.feature)),),
+        (
             *(geometry.scale(top.shape[2], height), geometry.scale(top.shape[3], width)),
             *(batch, in_channels, out_channels),
             *geometry.strides(one.feature),
-            *(one.weight.stride(0), one.weight.shape[1], 0 if one.bias is None else geometry.strides(one.bias)[0]),
+            *(*columns, 0 if one.bias is None else geometry.strides(one.bias)[0]),
             *(*top.shape[2:], *geometry.strides(top)),
             *itertools.chain(*sizes, *[(1, 1)] * (kernels.MOST_LEVELS - len(levels))),
-            LEVELS=len(levels),
-            TAPS=taps,
-            MODE=mode,
-            ARITHMETIC=arithmetic,
-            ACCESS=geometry.full_access(one.feature),
-            FEATURE=geometry.inner_axis(one.feature),
-            TOP=top_reading(one.feature, one.top, config),
-            TOP_CHANNELS=geometry.alignment(top, 1, out_channels) if one.top is not None else 0,
-            OUT=result_axis(outs),
-            BOXED=boxed(outs),
-            BIAS=one.bias is not None,
-            WIDE=geometry.needs_int64(top, *outs),
+        ),
+        {
+            "LEVELS": len(levels),
+            "TAPS": taps,
+            "MODE": mode,
+            "ARITHMETIC": arithmetic,
+            "ACCESS": geometry.full_access(one.feature),
+            "FEATURE": geometry.inner_axis(one.feature),
+            "TOP": top_reading(one.feature, one.top, config),
+            "TOP_CHANNELS": geometry.alignment(top, 1, out_channels) if one.top is not None else 0,
+            "OUT": result_axis(outs),
+            "BOXED": boxed(outs),
+            "BIAS": one.bias is not None,
+            "WIDE": geometry.needs_int64(top, *outs),
             **config.constexprs(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+        one.feature,
+    )
+
+    def run(
+        features: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        outs: Sequence[Tensor],
+        top: Tensor | None,
+        gain: float,
+    ) -> None:
+        results = tuple(outs)
+        addends = results if biases[0] is None else tuple(biases)
+        with _scratch(features[0].device):
+            convolve(
+                *(tuple(features), tuple(to_matrices(weights)), addends, results),
+                *(results[0] if top is None else top, gain),
+            )
+
+    return run
 
 
 def convolve_variant(

@@ -15,18 +15,20 @@ Bilinear is composed: the product alone, then `upsample_add` in place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
+from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import (
     autotune,
     eligibility,
     geometry,
     lateral_connection_descriptors,
+    launching,
     upsample_add,
 )
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -111,7 +113,6 @@ def _measured(
     top: Tensor | None,
     out: Tensor,
     mode: str,
-    gain: float,
     access: int,
     chosen: ProductConfig,
 ) -> ProductConfig | BoxConfig:
@@ -125,7 +126,7 @@ def _measured(
         boxes = lateral_connection_descriptors.candidates(arithmetic, out)
         candidates += boxes
         if arithmetic in DESCRIPTORS:
-            default = lateral_connection_descriptors.choose(arithmetic, out)
+            default = lateral_connection_descriptors.choose(arithmetic, out, geometry.processors(feature))
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
     doubled = top is not None and tuple(out.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
     return autotune.fastest(
@@ -134,7 +135,9 @@ def _measured(
         feature,
         candidates,
         default,
-        lambda candidate: launch(feature, weight, bias, top, torch.empty_like(out), mode, gain, candidate),
+        lambda candidate: launch(
+            *(feature, weight, bias, top, torch.empty_like(out, device=feature.device), mode, 1.0, candidate)
+        ),
     )
 
 
@@ -255,17 +258,19 @@ def connect(
     tl.store(out_start + place, rounded(total, out.dtype.element_ty), mask=inside)
 
 
-def launch(
+def plan(
     feature: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     top: Tensor | None,
     out: Tensor,
     mode: str,
-    gain: float,
     config: ProductConfig | BoxConfig | None = None,
-) -> None:
-    """Writes the connection into the dense `out`; `mode` is a nearest one, and `config` is for measuring."""
+) -> Callable[..., None]:
+    """What writes the connection into the dense `out`; `mode` is a nearest one, and `config` is for measuring.
+
+    To be called with feature, weight, bias, top, out and gain; of `out`, shape and strides alone are read here.
+    """
     batch, in_channels, height, width = feature.shape
     out_channels = weight.shape[0]
     top_height, top_width = (height, width) if top is None else top.shape[2:]
@@ -294,14 +299,14 @@ def launch(
         tile = choose(arithmetic, batch, height * width, out_channels, geometry.processors(feature), access, wide)
         config = tile
         if autotune.ENABLED or arithmetic in DESCRIPTORS:
-            config = _measured(feature, weight, bias, top, out, mode, gain, access, tile)
+            config = _measured(feature, weight, bias, top, out, mode, access, tile)
     if isinstance(config, BoxConfig):
-        lateral_connection_descriptors.launch(config, feature, weight, bias, top, out, mode, gain)
-        return
+        return lateral_connection_descriptors.plan(config, feature, weight, bias, top, out, mode)
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
-    with geometry.device_guard(feature):
-        connect[(batch * pixel_tiles * channel_tiles,)](
-            *(feature, weight, out if bias is None else bias, out if top is None else top, out, gain),
+    launch_connect = launching.Launch(
+        connect,
+        (batch * pixel_tiles * channel_tiles,),
+        (
             *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(in_channels, out_channels, height, width, top_height, top_width),
             *feature_strides,
@@ -310,27 +315,50 @@ def launch(
             *((0, 0, 0, 0) if top is None else geometry.strides(top)),
             *geometry.strides(flat_out),
             *(pixel_tiles, channel_tiles),
-            MODE=mode,
-            HAS_TOP=top is not None,
-            ARITHMETIC=arithmetic,
-            PIXELS_LAST=pixels_last,
-            FLAT=flat,
-            WIDE=wide,
-            FEATURE_CHANNELS=by_channels,
-            FEATURE_PIXELS=by_pixels,
-            WEIGHT_IN=weight_in,
-            WEIGHT_OUT=weight_out,
-            BIAS=None if bias is None else geometry.alignment(bias, 0, out_channels),
-            TOP=0 if top is None else geometry.alignment(top, 1, out_channels),
-            OUT=out_alignment,
-            PIXELS=config.pixels,
-            CHANNELS=config.channels,
-            DEPTH=config.depth,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        ),
+        {
+            "MODE": mode,
+            "HAS_TOP": top is not None,
+            "ARITHMETIC": arithmetic,
+            "PIXELS_LAST": pixels_last,
+            "FLAT": flat,
+            "WIDE": wide,
+            "FEATURE_CHANNELS": by_channels,
+            "FEATURE_PIXELS": by_pixels,
+            "WEIGHT_IN": weight_in,
+            "WEIGHT_OUT": weight_out,
+            "BIAS": None if bias is None else geometry.alignment(bias, 0, out_channels),
+            "TOP": 0 if top is None else geometry.alignment(top, 1, out_channels),
+            "OUT": out_alignment,
+            "PIXELS": config.pixels,
+            "CHANNELS": config.channels,
+            "DEPTH": config.depth,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+        feature,
+    )
+
+    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float) -> None:
+        launch_connect(feature, weight, out if bias is None else bias, out if top is None else top, out, gain)
+
+    return run
 
 
+def launch(
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    out: Tensor,
+    mode: str,
+    gain: float,
+    config: ProductConfig | BoxConfig | None = None,
+) -> None:
+    plan(feature, weight, bias, top, out, mode, config)(feature, weight, bias, top, out, gain)
+
+
+@AtOnce
 def lateral_connection(
     feature: Tensor,
     weight: Tensor,
@@ -339,15 +367,37 @@ def lateral_connection(
     mode: str,
     gain: float,
     memory_format: torch.memory_format | None,
-) -> Tensor:
-    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
-    out = allocate(shape, feature, requested_format(feature, memory_format))
-    if mode == "bilinear" and top is not None:
-        launch(feature, weight, bias, None, out, "nearest", 1.0)
-        upsample_add.launch(top, out, out, mode, gain)
+) -> Callable[..., Tensor]:
+    shape, out_format = (
+        (feature.shape[0], weight.shape[0], *feature.shape[2:]),
+        requested_format(feature, memory_format),
+    )
+    like = launching.stand_in(shape, feature, out_format)
+    if top is not None and mode == "bilinear":
+        # Composed: the connection alone, then the merge in place.
+        connection = plan(feature, weight, bias, None, like, "nearest")
+        merge = upsample_add.plan(top, like, like, mode)
     else:
-        launch(feature, weight, bias, top, out, "nearest" if top is None else mode, gain)
-    return out
+        connection, merge = plan(feature, weight, bias, top, like, "nearest" if top is None else mode), None
+
+    def run(
+        feature: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        top: Tensor | None,
+        mode: str,
+        gain: float,
+        memory_format: torch.memory_format | None,
+    ) -> Tensor:
+        out = allocate(shape, feature, out_format)
+        if merge is None:
+            connection(feature, weight, bias, top, out, gain)
+        else:
+            connection(feature, weight, bias, None, out, 1.0)
+            merge(top, out, out, gain)
+        return out
+
+    return run
 
 
 _LAYOUTS = {

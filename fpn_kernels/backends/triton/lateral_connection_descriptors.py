@@ -10,7 +10,7 @@ Nobody has measured it: `lateral_connection.DESCRIPTORS` says where it is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -24,9 +24,8 @@ from fpn_kernels.backends.triton.descriptor_convolution import (
     convolve_variant,
     filling,
     fitting,
-    matrices,
 )
-from fpn_kernels.backends.triton.descriptor_convolution import launch as launch_levels
+from fpn_kernels.backends.triton.descriptor_convolution import plan as plan_levels
 
 # (arithmetic, size of the tile) -> tile.  The large one has all 256 channels of the paper's maps, so that a feature is
 # read once.  Its epilogue takes them in two parts: in one, coarse pixels hardly fit (compiled for sm_90: with a box
@@ -47,10 +46,25 @@ def candidates(arithmetic: str, out: Tensor) -> list[BoxConfig]:
     return fitting(TABLE, arithmetic, out.shape[1], boxed([out]))
 
 
-def choose(arithmetic: str, out: Tensor) -> BoxConfig:
+def choose(arithmetic: str, out: Tensor, processors: int) -> BoxConfig:
     """The largest tile of which there are as many as multiprocessors."""
     sizes = [(out.shape[2], out.shape[3])]
-    return filling(candidates(arithmetic, out), out.shape[0], out.shape[1], sizes, geometry.processors(out))
+    return filling(candidates(arithmetic, out), out.shape[0], out.shape[1], sizes, processors)
+
+
+def plan(
+    config: BoxConfig, feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, mode: str
+) -> Callable[..., None]:
+    """What writes the connection into the dense `out`; `weight` is [Cout, Cin] and `mode` a nearest one.
+
+    To be called with feature, weight, bias, top, out and gain; of `out`, shape and strides alone are read here.
+    """
+    convolve = plan_levels([Level(feature, weight, bias, top, out)], config, 1, geometry.arithmetic_of(feature), mode)
+
+    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float) -> None:
+        convolve([feature], [weight], [bias], [out], top, gain)
+
+    return run
 
 
 def launch(
@@ -63,10 +77,7 @@ def launch(
     mode: str,
     gain: float,
 ) -> None:
-    """Writes the connection into the dense `out`; `weight` is [Cout, Cin] and `mode` a nearest one."""
-    arithmetic = geometry.arithmetic_of(feature)
-    (matrix,) = matrices([weight], arithmetic, config.depth)
-    launch_levels([Level(feature, matrix, bias, top, out)], config, 1, arithmetic, mode, gain)
+    plan(config, feature, weight, bias, top, out, mode)(feature, weight, bias, top, out, gain)
 
 
 def variants() -> Iterator[Variant]:

@@ -10,18 +10,19 @@ adds them up in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import kernel, loop_bound, rounded
 from fpn_kernels.backends.triton.upsample_add import TileConfig
-from fpn_kernels.backends.triton.upsample_add_backward import AREA, gather_variants, launch, plan
+from fpn_kernels.backends.triton.upsample_add_backward import AREA, gather, gather_variants, plan
 
 # Partials at a time, channels: 32-byte runs, so that 256 channels still occupy 32 multiprocessors.
 REDUCTION = TileConfig(256, 8, 4)
@@ -40,25 +41,35 @@ def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLU
     tl.store(bias + c, rounded(gain * tl.sum(total, axis=0), bias.dtype.element_ty), mask=inside)
 
 
+@AtOnce
 def merge_backward(
     grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
-) -> tuple[Tensor, Tensor]:
-    channels = grad.shape[1]
-    out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    chosen = plan(grad, out, mode, bias=True)
-    partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
-    bias = grad.new_empty(channels)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    channels, shape, out_format = grad.shape[1], (*grad.shape[:2], *top_size), result_format(grad)
+    like = launching.stand_in(shape, grad, out_format)
+    chosen = plan(grad, like, mode, bias=True)
     # An own gradient that lies in memory as the result does is read at the places that are written anyway.
-    alike = own is not None and chosen.window != AREA and geometry.strides(own) == geometry.strides(out)
-    launch(chosen, grad, out, own if alike else None, partials, mode, gain)
-    with geometry.device_guard(grad):
-        sum_partials[(-(-channels // REDUCTION.columns),)](
-            *(partials, bias, gain, chosen.partials, channels),
-            ROWS=REDUCTION.rows,
-            COLUMNS=REDUCTION.columns,
-            num_warps=REDUCTION.num_warps,
-        )
-    return out if own is None or alike else out.add_(own), bias
+    alike = own is not None and chosen.window != AREA and geometry.strides(own) == geometry.strides(like)
+    adjoint = gather(chosen, grad, like, mode, bias=True, own=alike)
+    reduce = launching.Launch(
+        sum_partials,
+        (-(-channels // REDUCTION.columns),),
+        (chosen.partials, channels),
+        {"ROWS": REDUCTION.rows, "COLUMNS": REDUCTION.columns, "num_warps": REDUCTION.num_warps},
+        grad,
+    )
+
+    def run(
+        grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
+    ) -> tuple[Tensor, Tensor]:
+        out = allocate(shape, grad, out_format)
+        partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
+        bias = grad.new_empty(channels)
+        adjoint(grad, out, own if alike else out, partials, gain)
+        reduce(partials, bias, gain)
+        return out if own is None or alike else out.add_(own), bias
+
+    return run
 
 
 def variants() -> Iterator[Variant]:

@@ -9,25 +9,26 @@ that the small levels fill what the last tiles of the large ones leave idle.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
-from fpn_kernels.backends.triton import autotune, geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import autotune, geometry, launching
 from fpn_kernels.backends.triton.compiled import Variant
 from fpn_kernels.backends.triton.descriptor_convolution import (
     MOST_SCATTERED,
     BoxConfig,
+    Convolution,
     Level,
     boxed,
     convolve_variant,
     filling,
     fitting,
-    launch,
-    matrices,
     pack_variant,
+    plan,
     result_axis,
 )
 
@@ -60,13 +61,14 @@ def choose(
     return min(config, config.turned, key=lambda tile: tile.tiles(batch, out_channels, sizes))
 
 
+@AtOnce
 def output_conv_levels(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     memory_format: torch.memory_format | None,
-) -> list[Tensor]:
-    """`output_conv` of every level in one launch (two, where weights are to be packed).
+) -> Callable[..., list[Tensor]]:
+    """Prepares `output_conv` of every level in one launch (two, where weights are to be packed).
 
     The levels share batch, channels, dtype and having a bias or not; sizes and strides are each one's own.
     """
@@ -74,15 +76,19 @@ def output_conv_levels(
     # A map of one pixel is NHWC and NCHW at once: the others decide.
     formats = {requested_format(feature, memory_format) for feature in features}
     out_format = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-    outs = [allocate((batch, out_channels, *feature.shape[2:]), feature, out_format) for feature in features]
+    shapes = [(batch, out_channels, *feature.shape[2:]) for feature in features]
+    outs = [launching.stand_in(shape, features[0], out_format) for shape in shapes]
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     arithmetic = geometry.arithmetic_of(features[0])
     config = choose(arithmetic, batch, out_channels, sizes, geometry.processors(features[0]), boxed(outs))
 
-    def convolve(config: BoxConfig, outs: Sequence[Tensor]) -> None:
-        products = matrices(weights, arithmetic, config.depth)
-        levels = [Level(f, w, b, None, o) for f, w, b, o in zip(features, products, biases, outs, strict=True)]
-        launch(levels, config, 9, arithmetic)
+    def planned(config: BoxConfig) -> Convolution:
+        levels = [Level(f, w, b, None, o) for f, w, b, o in zip(features, weights, biases, outs, strict=True)]
+        return plan(levels, config, 9, arithmetic)
+
+    def measured(config: BoxConfig) -> None:
+        results = [torch.empty_like(out, device=features[0].device) for out in outs]
+        planned(config)(features, weights, biases, results, None, 1.0)
 
     config = autotune.fastest(
         "output_conv",
@@ -90,20 +96,37 @@ def output_conv_levels(
         features[0],
         [tile for c in fitting(TABLE, arithmetic, out_channels, boxed(outs)) for tile in dict.fromkeys((c, c.turned))],
         config,
-        lambda candidate: convolve(candidate, [torch.empty_like(out) for out in outs]),
+        measured,
     )
-    convolve(config, outs)
-    return outs
+    convolve = planned(config)
+
+    def run(
+        features: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        memory_format: torch.memory_format | None,
+    ) -> list[Tensor]:
+        results = [allocate(shape, features[0], out_format) for shape in shapes]
+        convolve(features, weights, biases, results, None, 1.0)
+        return results
+
+    return run
 
 
 def _size_classes(batch: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return autotune.size_class(batch, *itertools.chain(*sizes))
 
 
+@AtOnce
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
-) -> Tensor:
-    return output_conv_levels([feature], [weight], [bias], memory_format)[0]
+) -> Callable[..., Tensor]:
+    levels = output_conv_levels.prepare([feature], [weight], [bias], memory_format)
+
+    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None) -> Tensor:
+        return levels([feature], [weight], [bias], memory_format)[0]
+
+    return run
 
 
 def variants() -> Iterator[Variant]:

@@ -15,14 +15,15 @@ each is loaded once and serves its four fine pixels.  Both fine and coarse loads
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import autotune, geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import autotune, geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     kernel,
@@ -221,8 +222,12 @@ def reading_of(mode: str, top_size: tuple[int, int], size: tuple[int, int]) -> s
     return "pairs" if size == (2 * top_size[0], 2 * top_size[1]) else "nearest"
 
 
-def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float, config: TileConfig | None = None) -> None:
-    """Writes ``gain * (lateral + resize(top))`` into `out`, which may be `lateral` itself; `config`: for measuring."""
+def plan(top: Tensor, lateral: Tensor, out: Tensor, mode: str, config: TileConfig | None = None) -> launching.Launch:
+    """What writes ``gain * (lateral + resize(top))`` into `out`, which may be `lateral` itself; `config`: to measure.
+
+    To be called with top, lateral, out and gain; of `out`, and of a `lateral` that is still to be written, shape and
+    strides alone are read here.
+    """
     batch, channels, height, width = lateral.shape
     top_height, top_width = top.shape[2:]
     walk = walk_of(out)
@@ -252,36 +257,59 @@ def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float, co
             config = autotune.fastest(
                 "upsample_add",
                 (walk, reading, access, columns, *autotune.size_class(rows * outer)),
-                lateral,
+                top,
                 TABLE[walk, reading, lateral.element_size()],
                 config,
-                lambda candidate: launch(top, lateral, torch.empty_like(out), mode, gain, candidate),
+                lambda candidate: _try(candidate, top, lateral, out, mode),
             )
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
-    with geometry.device_guard(lateral):
-        launched[(row_tiles * column_tiles * outer,)](
-            *(top, lateral, out, gain, geometry.scale(top_height, height), geometry.scale(top_width, width)),
+    return launching.Launch(
+        launched,
+        (row_tiles * column_tiles * outer,),
+        (
+            *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(channels, height, width, top_height, top_width),
             *geometry.strides(top),
             *geometry.strides(lateral),
             *geometry.strides(out),
             *(row_tiles, column_tiles),
-            MODE="nearest" if pairs else mode,
-            PAIRS=pairs,
-            WIDE=geometry.needs_int64(top, lateral, out),
+        ),
+        {
+            "MODE": "nearest" if pairs else mode,
+            "PAIRS": pairs,
+            "WIDE": geometry.needs_int64(top, lateral, out),
             **alignments,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "num_warps": config.num_warps,
             # The bilinear weights then have the same bits as in the backward, and as under the interpreter.
-            enable_fp_fusion=False,
-        )
+            "enable_fp_fusion": False,
+        },
+        top,
+    )
 
 
-def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
-    out = allocate(lateral.shape, lateral, result_format(lateral))
-    launch(top, lateral, out, mode, gain)
-    return out
+def launch(top: Tensor, lateral: Tensor, out: Tensor, mode: str, gain: float, config: TileConfig | None = None) -> None:
+    plan(top, lateral, out, mode, config)(top, lateral, out, gain)
+
+
+def _try(config: TileConfig, top: Tensor, lateral: Tensor, out: Tensor, mode: str) -> None:
+    """Launches a tile into a result that nothing reads."""
+    result = torch.zeros_like(out, device=top.device)
+    launch(top, result if lateral.is_meta else lateral, result, mode, 1.0, config)
+
+
+@AtOnce
+def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
+    shape, out_format = tuple(lateral.shape), result_format(lateral)
+    merge = plan(top, lateral, launching.stand_in(shape, lateral, out_format), mode)
+
+    def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+        out = allocate(shape, lateral, out_format)
+        merge(top, lateral, out, gain)
+        return out
+
+    return run
 
 
 def variants() -> Iterator[Variant]:

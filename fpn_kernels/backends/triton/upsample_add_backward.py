@@ -16,7 +16,7 @@ it summed: the weights of a fine pixel add up to 1, so these add up to the gradi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import autotune, geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import autotune, geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     along,
@@ -356,12 +357,11 @@ def gather_area(
         tl.store(partials + pixel.to(tl.int64) * channels + c, result, mask=c < channels)
 
 
-def launch(
-    chosen: Plan, grad: Tensor, out: Tensor, own: Tensor | None, partials: Tensor | None, mode: str, gain: float
-) -> None:
-    """Writes ``own + gain * adjoint(grad)`` into `out`; unscaled sums into `partials`, float32 [chosen.partials, C].
+def gather(chosen: Plan, grad: Tensor, out: Tensor, mode: str, *, bias: bool, own: bool) -> launching.Launch:
+    """What writes ``own + gain * adjoint(grad)`` into `out`; unscaled sums into partials, float32 [chosen.partials, C].
 
-    `own`, if any, has the strides of `out`.
+    To be called with grad, out, own (of the strides of `out`), partials and gain, and with `out` in the place of those
+    that there are not; of `out`, shape and strides alone are read here.
     """
     _, channels, height, width = grad.shape
     top_height, top_width = out.shape[2:]
@@ -369,41 +369,60 @@ def launch(
     launched = gather_channels if chosen.walk == "channels" else gather_planes
     if chosen.window == AREA:
         launched, constexprs = gather_area, {"WALK": chosen.walk}
-    with geometry.device_guard(grad):
-        launched[(chosen.programs,)](
-            *(grad, out, out if own is None else own, out if partials is None else partials, gain),
+    return launching.Launch(
+        launched,
+        (chosen.programs,),
+        (
             *(geometry.scale(top_height, height), geometry.scale(top_width, width)),
             *(geometry.scale(height, top_height), geometry.scale(width, top_width)),
             *(channels, height, width, top_height, top_width),
             *geometry.strides(grad),
             *geometry.strides(out),
             *(chosen.row_tiles, chosen.column_tiles, chosen.groups),
-            MODE="nearest" if chosen.window == PAIRS else mode,
+        ),
+        {
+            "MODE": "nearest" if chosen.window == PAIRS else mode,
             **constexprs,
-            BIAS=partials is not None,
-            OWN=own is not None,
-            WIDE=geometry.needs_int64(grad, out),
-            GRAD=chosen.grad_alignment,
-            OUT=chosen.out_alignment,
-            ROWS=chosen.config.rows,
-            COLUMNS=chosen.config.columns,
-            num_warps=chosen.config.num_warps,
+            "BIAS": bias,
+            "OWN": own,
+            "WIDE": geometry.needs_int64(grad, out),
+            "GRAD": chosen.grad_alignment,
+            "OUT": chosen.out_alignment,
+            "ROWS": chosen.config.rows,
+            "COLUMNS": chosen.config.columns,
+            "num_warps": chosen.config.num_warps,
             # Contracted, the bilinear indices would differ in the last bit from those that windows were sized by.
-            enable_fp_fusion=False,
-        )
+            "enable_fp_fusion": False,
+        },
+        grad,
+    )
+
+
+def launch(
+    chosen: Plan, grad: Tensor, out: Tensor, own: Tensor | None, partials: Tensor | None, mode: str, gain: float
+) -> None:
+    run = gather(chosen, grad, out, mode, bias=partials is not None, own=own is not None)
+    run(grad, out, out if own is None else own, out if partials is None else partials, gain)
 
 
 def _try(chosen: Plan, grad: Tensor, out: Tensor, mode: str, bias: bool) -> None:
     """Launches a plan into results that nothing reads."""
     partials = grad.new_empty((chosen.partials, grad.shape[1]), dtype=torch.float32) if bias else None
-    launch(chosen, grad, torch.empty_like(out), None, partials, mode, 1.0)
+    launch(chosen, grad, torch.empty_like(out, device=grad.device), None, partials, mode, 1.0)
 
 
-def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
-    out = allocate((*grad.shape[:2], *top_size), grad, result_format(grad))
-    chosen = plan(grad, out, mode, bias=False)
-    launch(chosen, grad, out, None, None, mode, gain)
-    return out
+@AtOnce
+def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Callable[..., Tensor]:
+    shape, out_format = (*grad.shape[:2], *top_size), result_format(grad)
+    like = launching.stand_in(shape, grad, out_format)
+    adjoint = gather(plan(grad, like, mode, bias=False), grad, like, mode, bias=False, own=False)
+
+    def run(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
+        out = allocate(shape, grad, out_format)
+        adjoint(grad, out, out, out, gain)
+        return out
+
+    return run
 
 
 def gather_variants(name: str, bias: bool, own: bool = False) -> Iterator[Variant]:

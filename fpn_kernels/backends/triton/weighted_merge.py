@@ -10,13 +10,14 @@ programs: the host never waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import (
     device_function,
@@ -243,10 +244,14 @@ def weighted_planes(
         tl.store(out + tile_of(rows_of(c, y, out_c, out_y, OUT, WIDE), x, out_x, OUT, WIDE), result, mask=inside)
 
 
-def launch(
-    first: Tensor, middle: Tensor | None, last: Tensor, last_factor: int, factors: Tensor, out: Tensor, mode: str
-) -> None:
-    """Writes the weighted sum into `out`; `last_factor` is the place of the last map's factor, 1 or 2."""
+def plan(
+    first: Tensor, middle: Tensor | None, last: Tensor, last_factor: int, out: Tensor, mode: str
+) -> launching.Launch:
+    """What writes the weighted sum into `out`; `last_factor` is the place of the last map's factor, 1 or 2.
+
+    To be called with first, middle (first where there is none), last, the factors and out; of `out`, shape and strides
+    alone are read here.
+    """
     batch, channels, height, width = first.shape
     last_height, last_width = last.shape[2:]
     walk = walk_of(out)
@@ -268,9 +273,10 @@ def launch(
     access = min(a for name, a in alignments.items() if name != "LAST" or not gathered)
     config = choose(walk, reading, first.element_size(), columns, access)
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
-    with geometry.device_guard(first):
-        launched[(row_tiles * column_tiles * outer,)](
-            *(first, same_size["MIDDLE"], last, factors.contiguous(), out),
+    return launching.Launch(
+        launched,
+        (row_tiles * column_tiles * outer,),
+        (
             *(geometry.scale(last_height, height), geometry.scale(last_width, width)),
             *(last_factor, channels, height, width, last_height, last_width),
             *geometry.strides(first),
@@ -278,28 +284,48 @@ def launch(
             *geometry.strides(last),
             *geometry.strides(out),
             *(row_tiles, column_tiles),
-            READING=reading,
-            MODE=mode if reading in ("nearest", "bilinear") else "nearest",
-            THIRD=third,
-            WIDE=geometry.needs_int64(first, same_size["MIDDLE"], last, out),
+        ),
+        {
+            "READING": reading,
+            "MODE": mode if reading in ("nearest", "bilinear") else "nearest",
+            "THIRD": third,
+            "WIDE": geometry.needs_int64(first, same_size["MIDDLE"], last, out),
             **alignments,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "num_warps": config.num_warps,
             # Products are rounded before they are summed, as on the CPU and under the interpreter.
-            enable_fp_fusion=False,
-        )
+            "enable_fp_fusion": False,
+        },
+        first,
+    )
 
 
-def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
-    out = allocate(first.shape, first, result_format(first))
-    if third is None:
-        launch(first, None, second, 1, factors, out, mode)
-    elif second.shape == first.shape:
-        launch(first, second, third, 2, factors, out, mode)
-    else:
-        launch(first, third, second, 1, factors, out, mode)
-    return out
+def launch(
+    first: Tensor, middle: Tensor | None, last: Tensor, last_factor: int, factors: Tensor, out: Tensor, mode: str
+) -> None:
+    run = plan(first, middle, last, last_factor, out, mode)
+    run(first, first if middle is None else middle, last, factors.contiguous(), out)
+
+
+@AtOnce
+def weighted_merge(
+    first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str
+) -> Callable[..., Tensor]:
+    shape, out_format = tuple(first.shape), result_format(first)
+    # The last map is the one that may have another size.
+    second_is_last = third is None or second.shape != first.shape
+    middle, last, last_factor = (third, second, 1) if second_is_last else (second, third, 2)
+    assert last is not None
+    merge = plan(first, middle, last, last_factor, launching.stand_in(shape, first, out_format), mode)
+
+    def run(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+        out = allocate(shape, first, out_format)
+        middle, last = (third, second) if second_is_last else (second, third)
+        merge(first, first if middle is None else middle, last, factors.contiguous(), out)
+        return out
+
+    return run
 
 
 def variants() -> Iterator[Variant]:

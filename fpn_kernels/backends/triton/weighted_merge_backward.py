@@ -8,14 +8,15 @@ No atomics: each program leaves the float32 sum of its tile, and one reduction a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, result_format
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.selection import AtOnce
+from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.device import kernel, known_multiple, rounded, rows_of, tile_of, widened
 from fpn_kernels.backends.triton.upsample_add import TileConfig, fitting, walk_of
@@ -87,14 +88,11 @@ def scale_and_sum(
     tl.store(partials + program, tl.sum(tl.sum(products, axis=1), axis=0))
 
 
-def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    out = allocate(grad.shape, grad, result_format(grad))
-    partials = launch(grad, input, factor, out)
-    return out, partials.sum()
+def plan(grad: Tensor, input: Tensor, out: Tensor) -> tuple[launching.Launch, int]:
+    """What writes ``factor * grad`` into `out`, and the sums of the tiles' products, float32; and how many those are.
 
-
-def launch(grad: Tensor, input: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """Writes ``factor * grad`` into `out`; returns the sums of the tiles' products, float32."""
+    To be called with grad, input, factor, out and the sums; of `out`, shape and strides alone are read here.
+    """
     batch, channels, height, width = grad.shape
     walk = walk_of(out)
     rows, columns, dim = (height * width, channels, 1) if walk == "channels" else (channels * height, width, 3)
@@ -105,24 +103,49 @@ def launch(grad: Tensor, input: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     config = choose(walk, grad.element_size(), columns, min(alignments.values()))
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
     programs = batch * row_tiles * column_tiles
-    partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
-    with geometry.device_guard(grad):
-        scale_and_sum[(programs,)](
-            *(grad, input, factor, out, partials),
+    scaled = launching.Launch(
+        scale_and_sum,
+        (programs,),
+        (
             *(channels, height, width),
             *geometry.strides(grad),
             *geometry.strides(input),
             *geometry.strides(out),
             *(row_tiles, column_tiles),
-            WALK=walk,
-            WIDE=geometry.needs_int64(grad, input, out),
+        ),
+        {
+            "WALK": walk,
+            "WIDE": geometry.needs_int64(grad, input, out),
             **alignments,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-        )
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "num_warps": config.num_warps,
+            "enable_fp_fusion": False,
+        },
+        grad,
+    )
+    return scaled, programs
+
+
+def launch(grad: Tensor, input: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    scaled, programs = plan(grad, input, out)
+    partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
+    scaled(grad, input, factor, out, partials)
     return partials
+
+
+@AtOnce
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    shape, out_format = tuple(grad.shape), result_format(grad)
+    scaled, programs = plan(grad, input, launching.stand_in(shape, grad, out_format))
+
+    def run(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        out = allocate(shape, grad, out_format)
+        partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
+        scaled(grad, input, factor, out, partials)
+        return out, partials.sum()
+
+    return run
 
 
 def variants() -> Iterator[Variant]:

@@ -1,0 +1,130 @@
+"""The way to an operator: through torch's dispatcher, or straight to what the dispatcher would call.
+
+`torch.library` serves everything, at a price: from Python to the kernel a call takes 2.5 us under `inference_mode`, 8
+otherwise, and some 60 where a gradient is asked for, because its autograd is Python that serves any schema (one core of
+an Intel Xeon, where an eager addition takes 0.9).  On a GPU that is time in which nothing is launched.  So where the
+dispatcher would do nothing but call the kernel, or the autograd formula and the kernel, that is done here at once.
+Wherever a compiler, a tracer, a transform, a mode, autocast or a profiler may have a say, torch is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# By the operators' names; filled by `registration`.
+KERNELS = types.SimpleNamespace()
+DIFFERENTIABLE = types.SimpleNamespace()
+
+_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _set(*names: str) -> int:
+    """The dispatcher's keys by these names, as a number with a bit for each."""
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return int(functools.reduce(operator.or_, keys).raw_repr())
+
+
+def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | None]:
+    """Says whether the kernel, or autograd and the kernel, are all that there is to call; where torch tells."""
+    try:
+        included, keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys  # type: ignore[attr-defined]
+        function_modes = torch._C._len_torch_function_stack
+        profiling = torch._C._autograd._profiler_enabled
+        int(forward_ad._current_level)
+        # What every thread has, and every dense tensor on these devices.
+        other_modes = ~_set("BackendSelect", "ADInplaceOrView")
+        devices = [f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")]
+        other_tensors = ~_set("ADInplaceOrView", *devices)
+    except (AttributeError, TypeError):
+        return lambda tensors: None
+
+    def straight(tensors: Sequence[Tensor | None]) -> types.SimpleNamespace | None:
+        if included().raw_repr() & other_modes or function_modes() or profiling() or forward_ad._current_level >= 0:
+            return None
+        first = tensors[0]
+        if first is None or torch.is_autocast_enabled(first.device.type):
+            return None
+        differentiates, way = torch.is_grad_enabled(), KERNELS
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() & other_tensors:
+                return None
+            if differentiates and tensor.requires_grad:
+                way = DIFFERENTIABLE
+        return way
+
+    return straight
+
+
+_straight = _questions()
+
+
+def operators(*tensors: Tensor | None) -> Any:
+    """Where to look up the operator for a call with these tensors, of which the first is not None."""
+    way = None if torch.compiler.is_compiling() else _straight(tensors)
+    return torch.ops.fpn_kernels if way is None else way
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    return [each for value in values for each in (value if isinstance(value, list) else (value,))]
+
+
+def _nested(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
+    """What `_flat` made flat; `counts` has the length of a list, and None for what is none."""
+    values = iter(flat)
+    return [next(values) if count is None else [next(values) for _ in range(count)] for count in counts]
+
+
+def differentiable(
+    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The operator as an `autograd.Function`, of what `torch.library.register_autograd` is given.
+
+    Lists of tensors are handed to autograd one by one, and put together again for the formula.
+    """
+    defaults = kernel.__kwdefaults__
+
+    def forward(ctx: Any, *values: Any) -> Any:
+        *flat, keywords, counts = values
+        inputs = _nested(flat, counts)
+        output = kernel(*inputs, **keywords)
+        ctx.counts = counts
+        if defaults is None:
+            setup_context(ctx, inputs, output)
+        else:
+            setup_context(ctx, inputs, keywords, output)
+        ctx.lists = isinstance(output, list)
+        return tuple(output) if ctx.lists else output
+
+    def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flags = ctx.needs_input_grad
+        ctx.needs_input_grad = _nested(flags[:-2], ctx.counts)
+        try:
+            listed = backward(ctx, grads) if ctx.lists else backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = flags
+        each = zip(listed if isinstance(listed, tuple) else (listed,), ctx.counts, strict=True)
+        # A list of numbers has no gradients: None for all of it.
+        return (
+            *_flat([None] * count if grad is None and count is not None else grad for grad, count in each),
+            None,
+            None,
+        )
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any, **keywords: Any) -> Any:
+        counts = [len(each) if isinstance(each, list) else None for each in inputs]
+        return function.apply(*_flat(inputs), {**(defaults or {}), **keywords}, counts)
+
+    return call
