@@ -11,7 +11,7 @@ import pytest
 import torch
 from targets import INTERPRETED, Target, description, parameters
 
-from fpn_kernels.backends import selection, triton
+from fpn_kernels.backends import serving, triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,7 +92,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_prepared() -> None:
     """A test that changes what selection goes by meets no call that another one prepared."""
-    selection.forget()
+    serving.forget()
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ class Implementation:
     Attributes:
         prepare: takes the operator's arguments, all by position; returns what computes the operator for these, and for
             any others that are alike: their tensors have the same shapes, strides, dtypes, devices and alignment, and
-            all else is equal.  The function that it returns holds on to none of the tensors.
+            all else is equal.  The function that it returns holds on to none of the tensors, and is remembered
+            (`serving`) unless it has a true attribute `transient`.
         refusal: takes the same arguments; returns why this call cannot be served, or None.
         fastest_format: takes a type of device and a dtype; returns the layout of the map in which the operator is
             fastest there, whatever layout its result has, `torch.preserve_format` where that does not matter (or is
@@ -132,9 +133,6 @@ _registry: dict[str, Backend] = {}
 # caller is not seen: the forced backend is therefore the process's, like PyTorch's own backend flags.
 _forced: str | None = None
 
-# As `backends.triton.geometry` asks of an address.
-_ALIGNED_BYTES = 16
-
 _records: list[list[tuple[str, str]]] = []
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_explaining", default=False)
 
@@ -142,7 +140,6 @@ _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_
 def register(backend: Backend) -> None:
     """Adds a backend; the order of registration is the order of preference."""
     _registry[backend.name] = backend
-    forget()
 
 
 def backends() -> tuple[Backend, ...]:
@@ -270,109 +267,30 @@ def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanat
     raise BackendUnavailableError(f"{operator}: no backend serves this call ({reasons})")
 
 
-class Prepared:
-    """What serves a call and all that are like it: a backend's name (None: nothing to compute) and its function."""
-
-    __slots__ = ("_backend", "_operator", "_run")
-
-    def __init__(self, operator: str, backend: str | None, run: Callable[..., Any]) -> None:
-        self._operator, self._backend, self._run = operator, backend, run
-
-    def __call__(self, *arguments: Any) -> Any:
-        if _records and self._backend is not None:
-            for record in _records:
-                record.append((self._operator, self._backend))
-        return self._run(*arguments)
+def forced_by() -> tuple[str | None, str | None]:
+    """The backend that `use_backend` forces, and the one that the environment variable does."""
+    return _forced, os.environ.get(ENVIRONMENT_VARIABLE)
 
 
-# What was checked, selected and prepared, for calls alike.  These steps read nothing of a tensor but what `likeness`
-# holds, and took 8 to 50 us a call (one core of an Intel Xeon), as long as eager PyTorch takes for the whole of it.
-_remembered: dict[tuple[Any, ...], Any] = {}
-_MOST_REMEMBERED = 4096
+def is_explaining() -> bool:
+    return _explaining.get()
 
 
-def forget() -> None:
-    """Forgets what was prepared: for whoever changes what selection goes by, other than by `use_backend`."""
-    _remembered.clear()
-
-
-def likeness(operator: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks, selection and preparation go by; None for a tensor that has it not, such as a sparse one.
-
-    The first argument is a tensor, and tells for all on which kind of device they are.
-    """
-    first = arguments[0]
-    # On CUDA it is a setting how float32 is multiplied: as TF32 or IEEE.
-    products: str | None = None
-    if first.is_cuda and first.dtype == torch.float32:
-        products = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    try:
-        return (
-            *(operator, _forced, os.environ.get(ENVIRONMENT_VARIABLE), products),
-            *[
-                (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % _ALIGNED_BYTES == 0)
-                if isinstance(x, torch.Tensor)
-                else x
-                for x in arguments
-            ],
-        )
-    except RuntimeError:  # sparse: it has no strides
-        return None
-
-
-def recall(key: tuple[Any, ...] | None) -> Any:
-    """What was remembered under a likeness, or None; while a call is being explained, None."""
-    return None if key is None or _explaining.get() else _remembered.get(key)
-
-
-def remember(key: tuple[Any, ...] | None, value: Any) -> None:
-    if key is None:
-        return
-    if len(_remembered) >= _MOST_REMEMBERED:
-        _remembered.clear()
-    _remembered[key] = value
-
-
-def prepare(
-    operator: str, *arguments: Any, check: Callable[..., None], empty: Callable[..., Any]
-) -> Callable[..., Any]:
-    """What computes a call and all calls like it; the arguments are those of `call`."""
-    key = likeness(operator, arguments)
-    prepared: Prepared | None = recall(key)
-    if prepared is not None:
-        return prepared
-    check(*arguments)
-    if arguments[0].numel() == 0:
-        return Prepared(operator, None, empty)
-    backend, explanation = select(operator, arguments)
-    if _explaining.get():
-        raise Explained(explanation)
-    prepared = Prepared(operator, backend.name, backend.implementations[operator].prepare(*arguments))
-    remember(key, prepared)
-    return prepared
-
-
-def call(operator: str, *arguments: Any, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
-    """Checks a call, selects a backend for it and computes the operator; for a call like an earlier one it computes.
-
-    Args:
-        operator: its name.
-        *arguments: the operator's, all by position, the first of them a tensor.
-        check: raises what is wrong with them.
-        empty: makes the result where the first tensor has no elements, of the same arguments.
-    """
-    return prepare(operator, *arguments, check=check, empty=empty)(*arguments)
+def record(operator: str, backend: str) -> None:
+    """Writes a call served into each list that `record_calls` has given out."""
+    for calls in _records:
+        calls.append((operator, backend))
 
 
 @contextlib.contextmanager
 def record_calls() -> Iterator[list[tuple[str, str]]]:
     """Yields a list that fills with ``(operator, backend)``, one pair a call served, from all threads."""
-    record: list[tuple[str, str]] = []
-    _records.append(record)
+    calls: list[tuple[str, str]] = []
+    _records.append(calls)
     try:
-        yield record
+        yield calls
     finally:
-        _records[:] = [other for other in _records if other is not record]
+        _records[:] = [other for other in _records if other is not calls]
 
 
 @contextlib.contextmanager

@@ -49,9 +49,6 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
     def straight(tensors: Sequence[Tensor | None]) -> types.SimpleNamespace | None:
         if included().raw_repr() & other_modes or function_modes() or profiling() or forward_ad._current_level >= 0:
             return None
-        first = tensors[0]
-        if first is None or torch.is_autocast_enabled(first.device.type):
-            return None
         differentiates, way = torch.is_grad_enabled(), KERNELS
         for tensor in tensors:
             if tensor is None:
@@ -60,7 +57,8 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
                 return None
             if differentiates and tensor.requires_grad:
                 way = DIFFERENTIABLE
-        return way
+        first = tensors[0]
+        return None if first is None or torch.is_autocast_enabled(first.device.type) else way
 
     return straight
 
@@ -91,17 +89,18 @@ def differentiable(
 
     Lists of tensors are handed to autograd one by one, and put together again for the formula.
     """
-    defaults = kernel.__kwdefaults__
+    defaults = kernel.__kwdefaults__ or {}
+    has_keywords = kernel.__code__.co_kwonlyargcount > 0
 
     def forward(ctx: Any, *values: Any) -> Any:
         *flat, keywords, counts = values
         inputs = _nested(flat, counts)
         output = kernel(*inputs, **keywords)
         ctx.counts = counts
-        if defaults is None:
-            setup_context(ctx, inputs, output)
-        else:
+        if has_keywords:
             setup_context(ctx, inputs, keywords, output)
+        else:
+            setup_context(ctx, inputs, output)
         ctx.lists = isinstance(output, list)
         return tuple(output) if ctx.lists else output
 
@@ -125,6 +124,6 @@ def differentiable(
 
     def call(*inputs: Any, **keywords: Any) -> Any:
         counts = [len(each) if isinstance(each, list) else None for each in inputs]
-        return function.apply(*_flat(inputs), {**(defaults or {}), **keywords}, counts)
+        return function.apply(*_flat(inputs), {**defaults, **keywords}, counts)
 
     return call

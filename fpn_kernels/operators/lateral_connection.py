@@ -5,13 +5,13 @@ Without `top`, the convolution alone and no gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import direct, registration
@@ -43,9 +43,9 @@ def _allocate(
     return allocate(shape, feature, requested_format(feature, memory_format))
 
 
-def prepare(feature: Tensor, weight: Tensor, *rest: Any) -> Callable[..., Tensor]:
+def prepare(feature: Tensor, weight: Tensor, *rest: Any) -> serving.Prepared:
     """What computes the operator; a backend has the weight as a matrix."""
-    return selection.prepare(
+    return serving.prepare(
         "lateral_connection",
         *(feature, weight.flatten(1), *rest),
         # With the weight as it came: so the message shows it.
@@ -65,7 +65,8 @@ def _kernel(
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
     rest = (bias, top, mode, gain, memory_format)
-    return prepare(feature, weight, *rest)(feature, weight.flatten(1), *rest)
+    result: Tensor = prepare(feature, weight, *rest)(feature, weight.flatten(1), *rest)
+    return result
 
 
 def _fake(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_adjoint
@@ -30,7 +30,7 @@ def _kernel(
     grad: Tensor, top_size: Sequence[int], own: Tensor | None, *, mode: str = "nearest", gain: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     arguments = (grad, tuple(top_size), own, mode, gain)
-    result: tuple[Tensor, Tensor] = selection.call("merge_backward", *arguments, check=_check, empty=_empty)
+    result: tuple[Tensor, Tensor] = serving.call("merge_backward", *arguments, check=_check, empty=_empty)
     return result
 
 

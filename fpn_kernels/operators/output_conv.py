@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import convolution, selection
+from fpn_kernels.backends import convolution, serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import direct, registration
@@ -25,7 +25,7 @@ def _kernel(
     feature: Tensor, weight: Tensor, bias: Tensor | None, *, memory_format: torch.memory_format | None = None
 ) -> Tensor:
     arguments = (feature, weight, bias, memory_format)
-    result: Tensor = selection.call("output_conv", *arguments, check=check_output_conv, empty=_allocate)
+    result: Tensor = serving.call("output_conv", *arguments, check=check_output_conv, empty=_allocate)
     return result
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.layouts import allocate
 from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import check_reorder
 
 
 def _kernel(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
-    result: Tensor = selection.call("reorder", source, memory_format, check=check_reorder, empty=_allocate)
+    result: Tensor = serving.call("reorder", source, memory_format, check=check_reorder, empty=_allocate)
     return result
 
 

@@ -6,13 +6,13 @@ from its own output: another pass over both.  Here `merge_backward` adds it wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import direct, registration
@@ -44,10 +44,10 @@ def _kernel(
 ) -> list[Tensor]:
     options = (mode, gain, memory_format)
     arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, *options)
-    key = selection.likeness("top_down_pathway", arguments) if features else None
-    connections: list[Callable[..., Tensor]] | None = selection.recall(key)
+    key = serving.likeness("top_down_pathway", arguments) if features else None
+    connections: list[serving.Prepared] | None = serving.recall(key)
     placed = _by_level(biases, bias_levels, len(features))
-    prepared: list[Callable[..., Tensor]] = []
+    prepared: list[serving.Prepared] = []
     if connections is None:
         check_pathway(features, weights, placed, mode, memory_format)
         if features[0].shape[0] == 0:
@@ -60,8 +60,8 @@ def _kernel(
         top = connection(feature, weight.flatten(1), bias, top, *options)
         prepared.append(connection)
         merged.append(top)
-    if connections is None:
-        selection.remember(key, prepared[::-1])
+    if connections is None and not any(connection.transient for connection in prepared):
+        serving.remember(key, prepared[::-1])
     return merged[::-1]
 
 

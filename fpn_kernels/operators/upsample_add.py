@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_upsample_add
@@ -21,7 +21,7 @@ def _allocate(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
 
 
 def _kernel(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
-    result: Tensor = selection.call("upsample_add", top, lateral, mode, gain, check=_check, empty=_allocate)
+    result: Tensor = serving.call("upsample_add", top, lateral, mode, gain, check=_check, empty=_allocate)
     return result
 
 

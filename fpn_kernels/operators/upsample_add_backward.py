@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_adjoint
@@ -23,7 +23,7 @@ def _allocate(grad: Tensor, top_size: Sequence[int], mode: str, gain: float) -> 
 
 def _kernel(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
     options = (tuple(top_size), mode, gain)
-    result: Tensor = selection.call("upsample_add_backward", grad, *options, check=_check, empty=_allocate)
+    result: Tensor = serving.call("upsample_add_backward", grad, *options, check=_check, empty=_allocate)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.eager import inner_product, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
@@ -32,7 +32,7 @@ def _allocate(first: Tensor, *_: object) -> Tensor:
 
 def _kernel(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
     arguments = (first, second, third, factors, mode)
-    result: Tensor = selection.call("weighted_merge", *arguments, check=_check, empty=_allocate)
+    result: Tensor = serving.call("weighted_merge", *arguments, check=_check, empty=_allocate)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import selection
+from fpn_kernels.backends import serving
 from fpn_kernels.backends.eager import inner_product, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
@@ -19,7 +19,7 @@ from fpn_kernels.operators.checks import check_weighted_merge_backward
 
 
 def _kernel(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = selection.call(
+    result: tuple[Tensor, Tensor] = serving.call(
         "weighted_merge_backward", grad, input, factor, check=check_weighted_merge_backward, empty=_empty
     )
     return result

@@ -38,7 +38,10 @@ def _at_first_launch(operator: str) -> Callable[..., Any]:
     def prepare(*arguments: Any) -> Any:
         if not kernels:
             kernels.append(getattr(importlib.import_module(f"{__name__}.{operator}"), operator).prepare)
-        return kernels[0](*arguments)
+        run = kernels[0](*arguments)
+        if importlib.import_module(f"{__name__}.autotune").put_off():
+            run.transient = True
+        return run
 
     return prepare
 

@@ -68,6 +68,11 @@ def _device_name(tensor: Tensor) -> str | None:
     return torch.cuda.get_device_name(tensor.device)
 
 
+def put_off() -> bool:
+    """Whether a measurement is asked for that now cannot be made: what is chosen instead is not for good."""
+    return ENABLED and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _warn(doing: str, path: pathlib.Path, error: Exception) -> None:
     global _warned
     if not _warned:

@@ -1,0 +1,220 @@
+"""`operators.direct`: the dispatcher is gone round only where it would do nothing; autograd is the same either way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fpn_kernels
+from fpn_kernels import reference
+from fpn_kernels.operators import direct
+
+
+def _maps() -> tuple[Tensor, Tensor]:
+    return torch.randn(1, 4, 3, 4), torch.randn(1, 4, 6, 8)
+
+
+def _way(*tensors: Tensor | None) -> str:
+    way = direct.operators(*tensors)
+    return {id(direct.KERNELS): "kernel", id(direct.DIFFERENTIABLE): "autograd"}.get(id(way), "dispatcher")
+
+
+def test_the_three_ways() -> None:
+    top, lateral = _maps()
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    assert _way(top, lateral) == _way(lateral, None, top) == "kernel"
+    assert _way(lateral, weight, None) == "autograd"
+    with torch.no_grad():
+        assert _way(lateral, weight) == "kernel"
+    with torch.inference_mode():
+        assert _way(lateral, weight) == _way(torch.randn(2)) == "kernel"
+    assert _way(torch.randn(2)) == "kernel"
+
+
+class _Subclass(Tensor):
+    pass
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _profiled() -> Iterator[None]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        yield
+
+
+@contextlib.contextmanager
+def _dual() -> Iterator[None]:
+    with torch.autograd.forward_ad.dual_level():
+        yield
+
+
+@pytest.mark.parametrize(
+    "context",
+    [_FunctionMode, _DispatchMode, _profiled, _dual, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["function-mode", "dispatch-mode", "profiler", "forward-ad", "autocast"],
+)
+def test_whoever_looks_on_is_asked(context: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    top, lateral = _maps()
+    with context():
+        assert _way(top, lateral) == "dispatcher"
+    assert _way(top, lateral) == "kernel"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.as_subclass(_Subclass),
+        torch._neg_view,
+        lambda t: t.to("meta"),
+        lambda t: t.to_sparse(),
+        lambda t: torch._efficientzerotensor(t.shape),
+        lambda t: torch.nested.nested_tensor([t[0], t[0]]),
+    ],
+    ids=["subclass", "negative-view", "meta", "sparse", "zero-tensor", "nested"],
+)
+def test_tensors_that_are_not_plain_are_the_dispatchers(make: Callable[[Tensor], Tensor]) -> None:
+    top, lateral = _maps()
+    assert _way(make(top), lateral) == _way(lateral, make(top)) == "dispatcher"
+
+
+def test_a_negative_view_is_read_as_what_it_means() -> None:
+    top, lateral = _maps()
+    merged = fpn_kernels.upsample_add(torch._neg_view(top), lateral)
+    assert torch.equal(merged, reference.upsample_add(-top, lateral))
+
+
+def test_transforms_see_the_call() -> None:
+    ways: list[str] = []
+
+    def seen(top: Tensor) -> Tensor:
+        ways.append(_way(top))
+        return top.sum()
+
+    top = torch.randn(2, 4, 3, 4)
+    torch.func.vmap(seen)(top)
+    torch.func.grad(seen)(top)
+    torch.fx.experimental.proxy_tensor.make_fx(seen)(top)
+    torch.jit.trace(seen, (top,), check_trace=False)
+    assert ways == ["dispatcher"] * 4
+
+
+def test_a_profile_names_the_operator() -> None:
+    top, lateral = _maps()
+    fpn_kernels.upsample_add(top, lateral)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fpn_kernels.upsample_add(top, lateral)
+    assert "fpn_kernels::upsample_add" in {event.name for event in profile.events()}
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+MAPS = ((1, 3, 2, 3), (1, 3, 4, 5))
+CASES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Any]]] = {
+    "upsample_add": (MAPS, lambda t, f: fpn_kernels.upsample_add(t, f, gain=0.7)),
+    "lateral_connection": (
+        (*MAPS, (3, 3, 1, 1), (3,)),
+        lambda t, f, w, b: fpn_kernels.lateral_connection(f, w, b, t, gain=0.7),
+    ),
+    "lateral_connection-alone": ((MAPS[1], (2, 3)), lambda f, w: fpn_kernels.lateral_connection(f, w)),
+    "output_conv": ((MAPS[1], (2, 3, 3, 3), (2,)), fpn_kernels.output_conv),
+    "weighted_merge": ((*MAPS, (2,)), lambda t, f, w: fpn_kernels.weighted_merge([f, t], w.abs() + 0.1)),
+    "top_down_pathway": (
+        (*MAPS, (2, 3), (2, 3, 1, 1), (2,)),
+        lambda t, f, w, v, b: fpn_kernels.top_down_pathway([f, t], [w, v], [None, b], gain=0.7),
+    ),
+    "top_down_pathway-without-biases": (
+        (*MAPS, (2, 3), (2, 3, 1, 1)),
+        lambda t, f, w, v: fpn_kernels.top_down_pathway([f, t], [w, v]),
+    ),
+    "reorder": ((MAPS[1],), lambda f: fpn_kernels.functional.reorder(f, torch.channels_last)),
+}
+
+
+def _sum(result: Any) -> Tensor:
+    results = result if isinstance(result, (list, tuple)) else [result]
+    return sum(((each**3).sum() for each in results), start=results[0].new_zeros(()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_dispatchers_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, call = CASES[name]
+    leaves = _leaves(*shapes)
+
+    def derivatives() -> list[Tensor]:
+        first = torch.autograd.grad(_sum(call(*leaves)), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((each**2).sum() for each in first), leaves, allow_unused=True)
+        return [each for each in (*first, *second) if each is not None]
+
+    straight = derivatives()
+    monkeypatch.setattr(direct, "_straight", lambda tensors: None)
+    by_torch = derivatives()
+    assert len(straight) == len(by_torch) > len(leaves)
+    for mine, theirs in zip(straight, by_torch, strict=True):
+        assert oracle.error(mine, theirs) <= 1e-14
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivatives(name: str) -> None:
+    shapes, call = CASES[name]
+    leaves = _leaves(*shapes)
+    assert _way(*leaves) == "autograd"
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_gradient_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, call = CASES[name]
+    values = [leaf.detach() for leaf in _leaves(*shapes)]
+    for wanted in range(len(values)):
+        inputs = [value.clone().requires_grad_(place == wanted) for place, value in enumerate(values)]
+        (mine,) = torch.autograd.grad(_sum(call(*inputs)), inputs[wanted])
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "_straight", lambda tensors: None)
+            (theirs,) = torch.autograd.grad(_sum(call(*inputs)), inputs[wanted])
+        assert oracle.error(mine, theirs) <= 1e-14
+
+
+def test_the_same_graph_twice() -> None:
+    """What autograd keeps is left as it was after a backward, for the next one."""
+    shapes, call = CASES["top_down_pathway"]
+    leaves = _leaves(*shapes)
+    total = _sum(call(*leaves))
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(total, leaves), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, leaves)
+
+
+def test_a_torch_that_cannot_be_asked_is_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_dispatch_keys")
+    assert direct._questions()(_maps()) is None
+
+
+def test_forward_mode_is_refused_not_dropped() -> None:
+    top, lateral = _maps()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(top.requires_grad_(), torch.ones_like(top))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward mode|jvp"):
+            fpn_kernels.upsample_add(dual, lateral)

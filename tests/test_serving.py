@@ -1,0 +1,223 @@
+"""`backends.serving`: what is remembered of a call serves only the calls that are like it in all that matters."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from samples import random_map
+from targets import Target
+from torch import Tensor
+
+import fpn_kernels
+from fpn_kernels import reference
+from fpn_kernels.backends import selection, serving
+from fpn_kernels.backends.selection import Backend, Implementation
+
+
+class _Counting:
+    """A backend of first choice that counts what it is asked, and multiplies by a number that it is prepared with."""
+
+    def __init__(self) -> None:
+        self.refusals = self.prepared = self.computed = 0
+        self.transient = False
+
+    def refusal(self, top: Tensor, *_: object) -> str | None:
+        self.refusals += 1
+        return "no float64" if top.dtype == torch.float64 else None
+
+    def prepare(self, top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
+        self.prepared += 1
+        number = float(self.prepared)
+
+        def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+            self.computed += 1
+            return torch.full_like(lateral, number)
+
+        run.transient = self.transient  # type: ignore[attr-defined]
+        return run
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> _Counting:
+    backend = _Counting()
+    implementation = Implementation(backend.prepare, backend.refusal)
+    ours = {"counting": Backend("counting", lambda: None, {"upsample_add": implementation})}
+    monkeypatch.setattr(selection, "_registry", {**ours, **selection._registry})
+    return backend
+
+
+def _maps(**options: Any) -> tuple[Tensor, Tensor]:
+    return random_map((1, 4, 3, 4), torch.float32, **options), random_map((1, 4, 6, 8), torch.float32, **options)
+
+
+def test_calls_alike_are_prepared_once(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = itertools.count()
+    checked = fpn_kernels.operators.upsample_add.check_upsample_add
+    monkeypatch.setattr(
+        fpn_kernels.operators.upsample_add, "check_upsample_add", lambda *a: (next(checks), checked(*a))[1]
+    )
+    for _ in range(3):
+        assert fpn_kernels.upsample_add(*_maps()).unique().tolist() == [1.0]
+    assert (counting.refusals, counting.prepared, counting.computed, next(checks)) == (1, 1, 3, 1)
+
+
+def _other_size(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
+    return top, random_map((1, 4, 6, 9), torch.float32)
+
+
+def _other_strides(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
+    return top, lateral.contiguous(memory_format=torch.channels_last)
+
+
+def _other_alignment(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
+    return top, torch.randn(lateral.numel() + 1)[1:].view_as(lateral)
+
+
+def _other_dtype(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
+    return top.half(), lateral.half()
+
+
+@pytest.mark.parametrize("other", [_other_size, _other_strides, _other_alignment, _other_dtype])
+def test_a_tensor_that_differs_is_prepared_anew(
+    other: Callable[..., tuple[Tensor, Tensor]], counting: _Counting
+) -> None:
+    maps = _maps()
+    assert fpn_kernels.upsample_add(*maps).unique().tolist() == [1.0]
+    assert fpn_kernels.upsample_add(*other(*maps)).unique().tolist() == [2.0]
+    assert fpn_kernels.upsample_add(*maps).unique().tolist() == [1.0]
+
+
+def test_an_option_that_differs_is_prepared_anew(counting: _Counting) -> None:
+    top, lateral = _maps()
+    for number, options in enumerate(({}, {"mode": "bilinear"}, {"gain": 0.5}), start=1):
+        assert fpn_kernels.upsample_add(top, lateral, **options).unique().tolist() == [number]
+
+
+def test_a_forced_backend_is_part_of_the_likeness(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    top, lateral = _maps()
+    exact = reference.upsample_add(top, lateral)
+    assert fpn_kernels.upsample_add(top, lateral).unique().tolist() == [1.0]
+    with fpn_kernels.use_backend("eager"):
+        assert torch.equal(fpn_kernels.upsample_add(top, lateral), exact)
+    assert fpn_kernels.upsample_add(top, lateral).unique().tolist() == [1.0]
+    monkeypatch.setenv("FPN_KERNELS_BACKEND", "eager")
+    assert torch.equal(fpn_kernels.upsample_add(top, lateral), exact)
+    monkeypatch.delenv("FPN_KERNELS_BACKEND")
+    assert fpn_kernels.upsample_add(top, lateral).unique().tolist() == [1.0]
+
+
+def test_a_wrong_call_after_a_right_one_raises_each_time(counting: _Counting) -> None:
+    top, lateral = _maps()
+    fpn_kernels.upsample_add(top, lateral)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="top: expected the batch and channels of lateral"):
+            fpn_kernels.upsample_add(top[:, :3], lateral)
+        with pytest.raises(TypeError, match="top: expected the dtype of lateral"):
+            fpn_kernels.upsample_add(top.half(), lateral)
+        with pytest.raises(TypeError, match="layout torch.sparse_coo"):
+            fpn_kernels.upsample_add(top.to_sparse(), lateral)
+    with fpn_kernels.use_backend("counting"), pytest.raises(ValueError, match="no float64"):
+        fpn_kernels.upsample_add(top.double(), lateral.double())
+
+
+def test_explaining_neither_reads_nor_leaves_anything(counting: _Counting) -> None:
+    top, lateral = _maps()
+    assert fpn_kernels.explain("upsample_add", top, lateral).backend == "counting"
+    assert counting.prepared == 0
+    fpn_kernels.upsample_add(top, lateral)
+    assert fpn_kernels.explain("upsample_add", top, lateral).backend == "counting"
+    assert (counting.prepared, counting.refusals) == (1, 3)
+
+
+def test_a_recorded_call_is_one_each_time(counting: _Counting) -> None:
+    with selection.record_calls() as calls:
+        for _ in range(2):
+            fpn_kernels.upsample_add(*_maps())
+    assert calls == [("upsample_add", "counting")] * 2
+
+
+def test_what_is_transient_is_prepared_each_time(counting: _Counting) -> None:
+    counting.transient = True
+    for number in (1.0, 2.0):
+        assert fpn_kernels.upsample_add(*_maps()).unique().tolist() == [number]
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_MOST_REMEMBERED", 5)
+    top = torch.randn(1, 2, 2, 2)
+    for width in range(2, 20):
+        lateral = torch.randn(1, 2, 3, width)
+        assert torch.equal(fpn_kernels.upsample_add(top, lateral), reference.upsample_add(top, lateral))
+        assert len(serving._remembered) <= 5
+
+
+def test_what_is_remembered_holds_on_to_no_tensor() -> None:
+    def call() -> list[weakref.ref[Tensor]]:
+        top, lateral = _maps()
+        weight, bias, taps = torch.randn(4, 4, 1, 1), torch.randn(4), torch.randn(4, 4, 3, 3)
+        fpn_kernels.upsample_add(top, lateral)
+        fpn_kernels.lateral_connection(lateral, weight, bias, top)
+        fpn_kernels.lateral_connection(lateral, weight)
+        fpn_kernels.output_conv(lateral, taps, bias)
+        fpn_kernels.top_down_pathway([lateral, top], [weight, weight], [bias, None])
+        factors = torch.rand(2)
+        fpn_kernels.weighted_merge([lateral, top], factors)
+        return [weakref.ref(tensor) for tensor in (top, lateral, weight, bias, taps, factors)]
+
+    references = call()
+    gc.collect()
+    assert len(serving._remembered) >= 6
+    assert not [reference for reference in references if reference() is not None]
+
+
+def test_results_repeat_on_every_backend(target: Target) -> None:
+    """What was prepared computes with the tensors, and the gain, of the call that it serves."""
+    if target.device != "cpu":
+        pytest.skip("values are compared with eager's on the CPU")
+    with fpn_kernels.use_backend(target.backend):
+        for gain in (1.0, 0.5, 0.5):
+            top, lateral = _maps()
+            weight, bias = torch.randn(4, 4, 1, 1), torch.randn(4)
+            for ours, theirs in (
+                (
+                    fpn_kernels.upsample_add(top, lateral, gain=gain),
+                    reference.upsample_add(top, lateral, gain=gain),
+                ),
+                (
+                    fpn_kernels.lateral_connection(lateral, weight, bias, top, gain=gain),
+                    reference.lateral_connection(lateral, weight, bias, top, gain=gain),
+                ),
+                (
+                    fpn_kernels.top_down_pathway([lateral, top], [weight, weight], [None, bias], gain=gain)[0],
+                    reference.top_down_pathway([lateral, top], [weight, weight], [None, bias], gain=gain)[0],
+                ),
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pathway_is_prepared_once_and_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = [torch.randn(1, 3, 4, 4), torch.randn(1, 5, 2, 2)]
+    weights = [torch.randn(2, 3), torch.randn(2, 5, 1, 1)]
+    first = fpn_kernels.top_down_pathway(features, weights)
+    prepare = fpn_kernels.operators.top_down_pathway.prepare
+    asked: list[object] = []
+    monkeypatch.setattr(fpn_kernels.operators.top_down_pathway, "prepare", lambda *a: (asked.append(a), prepare(*a))[1])
+    for mine, again in zip(first, fpn_kernels.top_down_pathway(features, weights), strict=True):
+        assert torch.equal(mine, again)
+    assert not asked
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected the shape \[Cout, 5, 1, 1\]"):
+        fpn_kernels.top_down_pathway(features, [weights[0], torch.randn(2, 4)])
+    # The same tensors in all, told apart by which of them are whose.
+    bias = torch.randn(2)
+    lower = fpn_kernels.top_down_pathway(features, weights, [bias, None])
+    upper = fpn_kernels.top_down_pathway(features, weights, [None, bias])
+    torch.testing.assert_close(lower[0], first[0] + bias.view(1, 2, 1, 1))
+    torch.testing.assert_close(upper[1], first[1] + bias.view(1, 2, 1, 1))
+    torch.testing.assert_close(lower[1], first[1])
+    assert len(asked) == 4
