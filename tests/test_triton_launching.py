@@ -1,14 +1,13 @@
 """What is launched the second time, by `launching.Launch`, is what Triton's own launcher launched the first time.
 
-A driver stands in Triton's place that compiles for sm_90 and writes down what it would launch: no GPU is needed.
+By a driver that compiles for sm_90 and writes down what it would launch (`benchmarks.no_launch`): no GPU is needed.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +18,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
+from benchmarks import no_launch  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
     lateral_connection,
     launching,
@@ -35,50 +33,10 @@ from fpn_kernels.backends.triton import (  # noqa: E402
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
-_DEVICES = itertools.count(2000)
-
-
-class _Driver:
-    """Compiles for sm_90, loads nothing, and keeps (kernel's name, grid, arguments) of every launch."""
-
-    def __init__(self) -> None:
-        launched: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
-        self.launched = launched
-
-        class Launcher:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                self.name = metadata.name
-
-            def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
-                _stream, _function, _metadata, _launch_metadata, _enter, _exit, *arguments = rest
-                launched.append((self.name, (x, y, z), tuple(arguments)))
-
-        class Utils:
-            def get_device_properties(self, device: int) -> dict[str, int]:
-                return {"max_shared_mem": 232448}
-
-            def load_binary(self, *arguments: Any) -> tuple[int, ...]:
-                return 1, 2, 100, 0, 1024
-
-        self.launcher_cls, self.utils = Launcher, Utils()
-        # Triton remembers what it compiled by device: one that no other launch may mean.
-        self.device = next(_DEVICES)
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> _Driver:
-    stand_in = _Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", stand_in)
-    return stand_in
+def driver() -> Iterator[no_launch.Driver]:
+    with no_launch.driver() as stand_in:
+        yield stand_in
 
 
 def _map(channels: int, height: int, width: int, layout: str = "nhwc") -> Tensor:
@@ -167,7 +125,7 @@ def _names(arguments: tuple[Any, ...]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_repeated_launch_is_the_first_one(name: str, driver: _Driver) -> None:
+def test_a_repeated_launch_is_the_first_one(name: str, driver: no_launch.Driver) -> None:
     operator, make = CALLS[name]
     first, second = make(0.7), make(0.3)  # no ratio of sizes is one of these
     run = operator.prepare(*first)
@@ -188,7 +146,7 @@ def test_a_repeated_launch_is_the_first_one(name: str, driver: _Driver) -> None:
         assert any(0.3 in [x for x in arguments if isinstance(x, float)] for _, _, arguments in repeated)
 
 
-def test_tiles_over_descriptors_are_repeated(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_over_descriptors_are_repeated(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
     make = CALLS["lateral_connection"][1]
     run = lateral_connection.lateral_connection.prepare(*make(1.0))
@@ -201,7 +159,7 @@ def test_tiles_over_descriptors_are_repeated(driver: _Driver, monkeypatch: pytes
         assert _described(arguments, _names(call))[0] == ("tensor 0",)
 
 
-def test_nothing_is_bound_anew(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_bound_anew(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, make = CALLS["upsample_add"]
     run = operator.prepare(*make(1.0))
     run(*make(1.0))
@@ -214,7 +172,7 @@ def test_nothing_is_bound_anew(driver: _Driver, monkeypatch: pytest.MonkeyPatch)
     assert len(driver.launched) == 2
 
 
-def test_a_launch_holds_on_to_no_tensor(driver: _Driver) -> None:
+def test_a_launch_holds_on_to_no_tensor(driver: no_launch.Driver) -> None:
     for operator, make in CALLS.values():
         call = make(0.5)
         flat = [each for argument in call for each in (argument if isinstance(argument, list) else [argument])]
