@@ -72,9 +72,9 @@ class Maker:
         return self._leaf(values.to(memory_format=memory_format(self.case.layout)))
 
     def weight(self, out_channels: int, in_channels: int, kernel_size: int = 1) -> Tensor:
-        """Of a convolution; scaled so that a result is of the order of 1, whatever its fan-in."""
+        """Of a convolution, in the case's layout; scaled so that a result is of the order of 1, whatever its fan-in."""
         values = self._random(out_channels, in_channels, kernel_size, kernel_size)
-        return self._leaf(values / (kernel_size * in_channels**0.5))
+        return self._leaf((values / (kernel_size * in_channels**0.5)).to(memory_format=memory_format(self.case.layout)))
 
     def fusion_weights(self, count: int) -> Tensor:
         """Of a weighted merge, before they are normalised; positive, so that each is differentiated."""

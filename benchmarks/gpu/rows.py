@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import COMPILE, EVEN, FORWARD, LIBRARY, MAX_AUTOTUNE, TINY, TRAINING, Case, Spot
+from benchmarks.cases import COMPILE, EVEN, FORWARD, LIBRARY, MAX_AUTOTUNE, TINY, TOP_DOWN, TRAINING, Case, Spot
 
 Unit = dict[str, Any]
 
@@ -26,6 +26,8 @@ _SPOTS: tuple[tuple[str, str, int | None], ...] = (
     ("output_conv", FORWARD, None),
     ("upsample_add", TRAINING, 2),
     ("lateral_connection", TRAINING, 2),
+    ("weighted_merge", FORWARD, 3),
+    ("weighted_merge", TRAINING, 3),
 )
 
 # Autotuning takes minutes. The rows without a convolution come first: they are cheap. Then those with one lead to the
@@ -101,13 +103,18 @@ class Plan:
                     yield self._case(operator, direction, level, batch, dtype, layout)
 
     def _case(self, operator: str, direction: str, level: int | None, batch: int, dtype: str, layout: str) -> Case:
-        return Case(operator, direction, Spot(TINY if self.tiny else EVEN, level), batch, dtype, layout)
+        return Case(operator, direction, _spot(operator, self.tiny, level), batch, dtype, layout)
 
     def _with(self, cases: Sequence[Case], names: Sequence[str]) -> Iterator[Unit]:
         """The providers of one case follow one another: what they are compared by is measured in the same minute."""
         for case in cases:
             for name in names:
                 yield _unit(case, name)
+
+
+def _spot(operator: str, tiny: bool, level: int | None) -> Spot:
+    """Of a BiFPN's nodes the one that merges a coarser map."""
+    return Spot(TINY if tiny else EVEN, level, node=TOP_DOWN if operator == "weighted_merge" else None)
 
 
 def _unit(case: Case, provider: str) -> Unit:
@@ -129,7 +136,7 @@ def _unit(case: Case, provider: str) -> Unit:
 
 def case_of(unit: Unit) -> Case:
     """The case that a unit of kind "row" measures."""
-    spot = Spot(TINY if unit["tiny"] else EVEN, unit["level"])
+    spot = _spot(unit["operator"], unit["tiny"], unit["level"])
     return Case(unit["operator"], unit["direction"], spot, unit["batch"], unit["dtype"], unit["layout"])
 
 
@@ -144,7 +151,7 @@ def ceilings(tiny: bool) -> list[Unit]:
     return units
 
 
-SMOKE_OPERATORS = ("upsample_add", "lateral_connection", "output_conv", "top_down_pathway", "neck")
+SMOKE_OPERATORS = ("upsample_add", "lateral_connection", "output_conv", "top_down_pathway", "weighted_merge", "neck")
 
 
 def smoke(tiny: bool, backends: Sequence[str]) -> list[Unit]:
@@ -181,5 +188,5 @@ def sample(backends: Sequence[str]) -> list[Unit]:
         }
         for backend in backends
         for dtype, layout in (("bf16", "NHWC"), ("fp32", "NCHW"))
-        for operator in ("upsample_add", "lateral_connection")
+        for operator in ("upsample_add", "lateral_connection", "weighted_merge")
     ]

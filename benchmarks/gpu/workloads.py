@@ -1,4 +1,4 @@
-"""The rows' workloads: those of the suite, two of their own, and all levels at once."""
+"""The rows' workloads: those of the suite, the pathway, and all levels at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 import fpn_kernels
-from benchmarks import bench_lateral_connection, bench_neck, bench_upsample_add
+from benchmarks import (
+    bench_lateral_connection,
+    bench_neck,
+    bench_output_conv,
+    bench_upsample_add,
+    bench_weighted_merge,
+)
 from benchmarks.cases import FORWARD, Case
-from benchmarks.workloads import Contender, Maker, Workload, memory_format, tensors
+from benchmarks.workloads import Contender, Maker, Workload, tensors
 from fpn_kernels import reference, roofline
 
 # The coarsest level has nothing above it to be merged with.
@@ -25,21 +31,6 @@ def workload(case: Case, device: torch.device) -> Workload:
         levels = [replace(case, spot=replace(case.spot, level=level)) for level in _LEVELS[case.operator]]
         return _together([_ONE[case.operator](level, device) for level in levels])
     return _ONE[case.operator](case, device)
-
-
-def _output_conv(case: Case, device: torch.device) -> Workload:
-    assert case.direction == FORWARD and case.spot.level is not None
-    make, image = Maker(case, device), case.spot.image
-    width = image.out_channels
-    feature = make.map(width, *image.level(case.spot.level)[1:])
-    weight = torch.randn(width, width, 3, 3, generator=make.generator, device=device) / (9 * width) ** 0.5
-    weight = weight.to(make.dtype).to(memory_format=memory_format(case.layout))
-    return Workload(
-        inputs=(feature, weight, make.bias(width)),
-        eager=Contender(reference.output_conv),
-        fused=Contender(fpn_kernels.output_conv),
-        cost=roofline.output_conv(feature.shape, width, make.dtype),
-    )
 
 
 def _top_down_pathway(case: Case, device: torch.device) -> Workload:
@@ -65,9 +56,10 @@ def _top_down_pathway(case: Case, device: torch.device) -> Workload:
 _ONE: dict[str, Callable[[Case, torch.device], Workload]] = {
     "upsample_add": bench_upsample_add.workload,
     "lateral_connection": bench_lateral_connection.workload,
-    "output_conv": _output_conv,
+    "output_conv": bench_output_conv.workload,
     "top_down_pathway": _top_down_pathway,
     "neck": bench_neck.workload,
+    "weighted_merge": bench_weighted_merge.workload,
 }
 
 
