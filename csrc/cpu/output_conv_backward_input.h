@@ -75,63 +75,28 @@ inline void find_lines(const Positions& from, int64_t position, int64_t count, i
   });
 }
 
-// 32 pixels of 32 channels as two tiles of the left operand, `next` bytes from one to the other.
-inline void turn_pixels(const uint16_t* const* pixels, int64_t channel, __mmask32 exist, std::byte* to, int64_t next) {
-  for (int half = 0; half < 2; ++half) {
-    Register row[16];
-    for (int i = 0; i < 16; ++i) {
-      const Register even = _mm512_maskz_loadu_epi16(exist, pixels[2 * i] + channel);
-      const Register odd = _mm512_maskz_loadu_epi16(exist, pixels[2 * i + 1] + channel);
-      row[i] = half == 0 ? unpack_low<2>(even, odd) : unpack_high<2>(even, odd);
-    }
-    transpose_registers<4>(row);
-    for (int i = 0; i < 16; ++i) {
-      const int at = i / 4 * 8 + 4 * half + i % 4;
-      store_register<false>(to + at / 16 * next + at % 16 * pixel_bytes, row[i]);
-    }
+// Half of 32 pixels of 32 channels as two tiles of the left operand, `next` bytes from one to the other.
+inline void turn_pixels(
+    const uint16_t* const* pixels, int64_t channel, __mmask32 exist, int64_t half, std::byte* to, int64_t next) {
+  Register row[16];
+  for (int i = 0; i < 16; ++i) {
+    const Register even = _mm512_maskz_loadu_epi16(exist, pixels[2 * i] + channel);
+    const Register odd = _mm512_maskz_loadu_epi16(exist, pixels[2 * i + 1] + channel);
+    row[i] = half == 0 ? unpack_low<2>(even, odd) : unpack_high<2>(even, odd);
+  }
+  transpose_registers<4>(row);
+  for (int64_t i = 0; i < 16; ++i) {
+    const int64_t at = channel_of(half, i);
+    store_register<false>(to + at / 16 * next + at % 16 * pixel_bytes, row[i]);
   }
 }
 
-// Room for `steps` steps of the left operand, tile after tile of sixteen channels; `next` bytes from one to the other.
-inline void pack_left(
-    const Positions& from,
-    int64_t position,
-    int64_t steps,
-    const uint16_t* zeros,
-    const uint16_t** pixels,
-    uint16_t* lines,
-    std::byte* to,
-    int64_t next) {
-  if (from.side_by_side()) {
-    find_pixels(from, position, steps * step_positions, zeros, pixels);
-    for (int64_t step = 0; step < steps; ++step, pixels += step_positions, to += tile_bytes) {
-      for (int64_t c = 0; c < from.channels; c += tile_channels) {
-        turn_pixels(pixels, c, first_halves(from.channels - c), to + c / 16 * next, next);
-      }
-    }
-    return;
-  }
-  constexpr int64_t most = line_positions / step_positions;
-  for (int64_t c = 0; c < from.channels; c += tile_channels) {
-    for (int64_t step = 0; step < steps; step += most) {
-      const int64_t some = std::min(steps - step, most);
-      find_lines(from, position + step * step_positions, some * step_positions, c, lines);
-      for (int64_t row = 0; row < tile_channels; ++row) {
-        const uint16_t* line = lines + row * line_pitch + step_positions;
-        std::byte* tile = to + (c + row) / 16 * next + step * tile_bytes + row % 16 * pixel_bytes;
-        for (int64_t i = 0; i < some; ++i) {
-          store_register<false>(tile + i * tile_bytes, load_register(line + i * step_positions));
-        }
-      }
-    }
-  }
-}
-
-// Pairs of one step, of 32 channels in two halves `next` bytes apart; the odd ones begin with the pixel before.
+// A few pairs of 32 channels in two halves `next` bytes apart; the odd ones begin with the pixel before.
+constexpr int64_t few_pairs = 4;
 inline void pair_pixels(
     const uint16_t* const* pixels, int64_t channel, __mmask32 exist, std::byte* even, std::byte* odd, int64_t next) {
   Register before = _mm512_maskz_loadu_epi16(exist, pixels[-1] + channel);
-  for (int64_t i = 0; i < step_pairs; ++i, even += pixel_bytes, odd += pixel_bytes) {
+  for (int64_t i = 0; i < few_pairs; ++i, even += pixel_bytes, odd += pixel_bytes) {
     const Register first = _mm512_maskz_loadu_epi16(exist, pixels[2 * i] + channel);
     const Register second = _mm512_maskz_loadu_epi16(exist, pixels[2 * i + 1] + channel);
     store_register<false>(odd, unpack_low<2>(before, first));
@@ -142,51 +107,12 @@ inline void pair_pixels(
   }
 }
 
+// The pairs of a step, of half of the lines.
 inline void pair_lines(const uint16_t* lines, int64_t half, std::byte* to) {
   Register row[16];
   for (int64_t i = 0; i < 16; ++i) row[i] = load_register(lines + channel_of(half, i) * line_pitch);
   transpose_registers<4>(row);
   for (int64_t i = 0; i < 16; ++i) store_register<false>(to + i * pixel_bytes, row[i]);
-}
-
-// `steps` steps of the right operand, the even pairs of all channels and `odd` bytes further the odd ones; `next` bytes
-// from sixteen channels to the next.
-inline void pack_right(
-    const Positions& from,
-    int64_t position,
-    int64_t steps,
-    const uint16_t* zeros,
-    const uint16_t** pixels,
-    uint16_t* lines,
-    std::byte* to,
-    int64_t next,
-    int64_t odd) {
-  if (from.side_by_side()) {
-    find_pixels(from, position - 1, steps * step_positions + 1, zeros, pixels);
-    ++pixels;
-    for (int64_t step = 0; step < steps; ++step, pixels += step_positions, to += tile_bytes) {
-      for (int64_t c = 0; c < from.channels; c += tile_channels) {
-        std::byte* even = to + c / 16 * next;
-        pair_pixels(pixels, c, first_halves(from.channels - c), even, even + odd, next);
-      }
-    }
-    return;
-  }
-  constexpr int64_t most = line_positions / step_positions;
-  for (int64_t c = 0; c < from.channels; c += tile_channels) {
-    for (int64_t step = 0; step < steps; step += most) {
-      const int64_t some = std::min(steps - step, most);
-      find_lines(from, position + step * step_positions, some * step_positions, c, lines);
-      for (int64_t half = 0; half < 2; ++half) {
-        std::byte* even = to + (c / 16 + half) * next + step * tile_bytes;
-        for (int64_t i = 0; i < some; ++i) {
-          const uint16_t* line = lines + (i + 1) * step_positions;
-          pair_lines(line, half, even + i * tile_bytes);
-          pair_lines(line - 1, half, even + odd + i * tile_bytes);
-        }
-      }
-    }
-  }
 }
 
 }  // namespace
