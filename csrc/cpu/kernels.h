@@ -197,7 +197,7 @@ struct AmxOutputConvBackward {
   int64_t halo;           // steps before and after a block, of the feature alone
   int64_t window_steps;   // kept of the feature
   int64_t window_bytes;   // of sixteen channels of them
-  int64_t left_at, right_at, sums_at, lines_at, left_pixels_at, right_pixels_at, zeros_at, scratch_bytes;
+  int64_t left_at, right_at, sums_at, lines_at, pixels_at, zeros_at, scratch_bytes;
 };
 
 // What a pixel reads of the top.

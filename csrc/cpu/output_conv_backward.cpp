@@ -25,7 +25,7 @@ void choose_blocks(AmxOutputConvBackward& call) {
   call.blocks = divide_up(call.steps, knob("FPN_STEPS", 16));
   call.most_steps = divide_up(call.steps, call.blocks);
   call.halo = divide_up(call.pitch + 1, step_positions);
-  call.window_steps = 2 * call.halo + 2 * call.most_steps + knob("FPN_EXTRA", 16);
+  call.window_steps = 2 * call.halo + call.most_steps + knob("FPN_EXTRA", 8);
   call.window_bytes = call.window_steps * step_bytes;
 }
 
@@ -37,13 +37,12 @@ void choose_parts(AmxOutputConvBackward& call) {
 void place(AmxOutputConvBackward& call) {
   const int64_t panels = divide_up(call.panels, call.parts_out), chunks = divide_up(call.chunks, call.parts_in);
   call.left_at = 0;
-  call.right_at = call.left_at + 2 * panels * 2 * call.most_steps * step_bytes;
+  call.right_at = call.left_at + panels * 2 * call.most_steps * step_bytes;
   call.sums_at = call.right_at + 2 * chunks * 2 * call.window_bytes;
   call.lines_at = call.sums_at + panels * chunks * 4 * 9 * 1024;
-  call.left_pixels_at = call.lines_at + line_bytes(32 * (256 + 32), 2);
-  call.right_pixels_at = call.left_pixels_at + line_bytes(call.most_steps * step_positions + 1, sizeof(void*));
-  const int64_t right_steps = std::max(2 * call.halo, call.most_steps);
-  call.zeros_at = call.right_pixels_at + line_bytes(right_steps * step_positions + 1, sizeof(void*));
+  call.pixels_at = call.lines_at + line_bytes(32 * (1 + 8) * step_positions, 2);
+  const int64_t steps = std::max(2 * call.halo, call.most_steps);
+  call.zeros_at = call.pixels_at + line_bytes((steps + 1) * step_positions + 1, sizeof(void*));
   call.scratch_bytes = call.zeros_at + std::max(panels, chunks) * amx_pixel_bytes;
 }
 

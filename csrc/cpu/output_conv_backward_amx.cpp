@@ -13,10 +13,7 @@
 // Zero times what is not finite is not zero.  Every value meets another one in the middle tap: where all the sums are
 // finite all the values were, and where not the caller leaves the call to PyTorch.
 
-#include <algorithm>
-#include <utility>
-
-#include "output_conv_backward_packing.h"
+#include "output_conv_backward_input.h"
 #include "output_conv_backward_result.h"
 
 namespace {
@@ -34,8 +31,7 @@ inline void multiply_taps(
     const std::byte* const (&right)[group_taps],
     int64_t steps,
     float* sums,
-    bool are_first,
-    Packing& packing) {
+    bool are_first) {
   constexpr int64_t tile = 256;
   // The next group's sums come into the first cache meanwhile.
   const float* ahead = sums + group_floats;
@@ -82,7 +78,6 @@ inline void multiply_taps(
       _tile_dpbf16ps(5, 6, 7);
     }
     for (int64_t i = 0; i < lines; ++i, ahead += 16) __builtin_prefetch(ahead, 1, 3);
-    packing.step();
   }
   _tile_stored(0, sums, pixel_bytes);
   _tile_stored(1, sums + 2 * tile, pixel_bytes);
@@ -117,7 +112,7 @@ struct Share {
   std::byte *left, *right;
   float* sums;
   uint16_t* lines;
-  const uint16_t **left_pixels, **right_pixels;
+  const uint16_t** pixels;
   uint16_t* zeros;
 };
 
@@ -138,8 +133,7 @@ inline Share share_of(const AmxOutputConvBackward& call, int64_t unit, std::byte
   share.right = scratch + call.right_at;
   share.sums = reinterpret_cast<float*>(scratch + call.sums_at);
   share.lines = reinterpret_cast<uint16_t*>(scratch + call.lines_at);
-  share.left_pixels = reinterpret_cast<const uint16_t**>(scratch + call.left_pixels_at);
-  share.right_pixels = reinterpret_cast<const uint16_t**>(scratch + call.right_pixels_at);
+  share.pixels = reinterpret_cast<const uint16_t**>(scratch + call.pixels_at);
   share.zeros = reinterpret_cast<uint16_t*>(scratch + call.zeros_at);
   return share;
 }
@@ -149,27 +143,8 @@ inline float* sums_of(const Share& share, int64_t tile_out, int64_t tile_in) {
   return share.sums + (tile_out / 2 * share.tiles_in + tile_in) * taps * 2 * 256;
 }
 
-struct Block {
-  int64_t step, steps;
-};
-
-inline Block block_of(const AmxOutputConvBackward& call, int64_t index) {
-  const int64_t step = call.steps * index / call.blocks;
-  return {step, call.steps * (index + 1) / call.blocks - step};
-}
-
-// Some steps of the feature, to the window's step `at`.
-inline Jobs right_jobs(const AmxOutputConvBackward& call, const Share& share, const Block& block, int64_t at) {
-  std::byte* to = share.right + at * tile_bytes;
-  const int64_t next = call.window_bytes, odd = share.tiles_in * next;
-  return {{share.feature, block.step * step_positions, block.steps, share.right_pixels, share.lines, to, next, odd},
-          share.zeros, false};
-}
-
-inline Jobs left_jobs(const AmxOutputConvBackward& call, const Share& share, const Block& block, std::byte* to) {
-  const int64_t next = call.most_steps * tile_bytes;
-  return {{share.grad, block.step * step_positions, block.steps, share.left_pixels, share.lines, to, next, 0},
-          share.zeros, true};
+inline Source source_of(const Share& share, const Positions& from, int64_t step, int64_t steps) {
+  return {from, step * step_positions, steps, share.zeros, share.pixels, share.lines};
 }
 
 // What the window holds from step `at` on, moved to its beginning.
@@ -184,14 +159,12 @@ void move_window(const AmxOutputConvBackward& call, const Share& share, int64_t 
 void multiply_block(
     const AmxOutputConvBackward& call,
     const Share& share,
-    const std::byte* packed,
     int64_t at,
     int64_t steps,
-    bool is_first,
-    Packing& packing) {
+    bool is_first) {
   const int64_t next = call.most_steps * tile_bytes, odd = share.tiles_in * call.window_bytes;
   for (int64_t out = 0; out < share.tiles_out; out += 2) {
-    const std::byte* left = packed + out * next;
+    const std::byte* left = share.left + out * next;
     for (int64_t in = 0; in < share.tiles_in; ++in) {
       const std::byte* window = share.right + in * call.window_bytes;
       float* sums = sums_of(share, out, in);
@@ -203,9 +176,9 @@ void multiply_block(
           right[dx + 1] = window + (position + 1) / 2 * pixel_bytes + (position % 2 != 0 ? odd : 0);
         }
         if (out + 1 < share.tiles_out) {
-          multiply_taps<true>(left, next, right, steps, sums, is_first, packing);
+          multiply_taps<true>(left, next, right, steps, sums, is_first);
         } else {
-          multiply_taps<false>(left, next, right, steps, sums, is_first, packing);
+          multiply_taps<false>(left, next, right, steps, sums, is_first);
         }
       }
     }
@@ -237,48 +210,46 @@ bool write(const AmxOutputConvBackward& call, const Share& share) {
   return true;
 }
 
+// Also the bias's sums, where they are asked for.
+void add_up(const AmxOutputConvBackward& call, const Share& share, double* bias_sums) {
+  alignas(64) uint16_t ones[512];
+  std::fill(ones, ones + 512, uint16_t{0x3f80});
+  const int64_t left_next = call.most_steps * tile_bytes, odd = share.tiles_in * call.window_bytes;
+  const auto pack_feature = [&](int64_t step, int64_t steps, int64_t to) {
+    pack_right(source_of(share, share.feature, step, steps), share.right + to * tile_bytes, call.window_bytes, odd);
+  };
+  const int64_t around = 2 * call.halo;
+  pack_feature(-call.halo, around, 0);
+  int64_t at = 0;
+  for (int64_t block = 0; block < call.blocks; ++block) {
+    const int64_t step = call.steps * block / call.blocks, steps = call.steps * (block + 1) / call.blocks - step;
+    if (at + around + steps > call.window_steps) {
+      move_window(call, share, at, around);
+      at = 0;
+    }
+    pack_feature(step + call.halo, steps, at + around);
+    pack_left(source_of(share, share.grad, step, steps), share.left, left_next);
+    multiply_block(call, share, at, steps, block == 0);
+    at += steps;
+    if (bias_sums == nullptr) continue;
+    for (int64_t tile = 0; tile < share.tiles_out; ++tile) {
+      const int64_t channel = tile * 16, channels = std::min<int64_t>(16, share.grad.channels - channel);
+      add_channels(share.left + tile * left_next, steps, ones, channels, bias_sums + channel);
+    }
+  }
+}
+
 }  // namespace
 
 namespace fpn::cpu::amx {
 
 void output_conv_backward_parts(const AmxOutputConvBackward& call, int64_t begin, int64_t end, std::byte* scratch) {
   const TileRegisters registers(16);
-  alignas(64) uint16_t ones[512];
-  std::fill(ones, ones + 512, uint16_t{0x3f80});
-  Packing packing;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Share share = share_of(call, unit, scratch);
     std::memset(share.zeros, 0, static_cast<size_t>(call.scratch_bytes - call.zeros_at));
     const bool sums_bias = call.bias_sums != nullptr && unit % call.parts_in == 0;
-    const int64_t next = call.most_steps * tile_bytes, around = 2 * call.halo;
-    std::byte *left = share.left, *other = share.left + (share.tiles_out + 1) / 2 * 2 * next;
-    packing.start(Jobs{}, right_jobs(call, share, {-call.halo, around}, 0), 1);
-    packing.finish();
-    int64_t at = 0;
-    Block block = block_of(call, 0);
-    packing.start(left_jobs(call, share, block, left), right_jobs(call, share, {call.halo, block.steps}, around), 1);
-    packing.finish();
-    for (int64_t index = 0; index < call.blocks; ++index) {
-      const Block following = index + 1 < call.blocks ? block_of(call, index + 1) : Block{};
-      if (at + block.steps + around + following.steps > call.window_steps) {
-        move_window(call, share, at, around + block.steps);
-        at = 0;
-      }
-      packing.start(
-          left_jobs(call, share, following, other),
-          right_jobs(
-              call, share, {following.step + call.halo, following.steps}, at + block.steps + around),
-          block.steps * 3 * share.tiles_in * ((share.tiles_out + 1) / 2));
-      multiply_block(call, share, left, at, block.steps, index == 0, packing);
-      for (int64_t tile = 0; sums_bias && tile < share.tiles_out; ++tile) {
-        const int64_t first = tile * 16, channels = std::min<int64_t>(16, share.grad.channels - first);
-        add_channels(left + tile * next, block.steps, ones, channels, call.bias_sums + share.grad.first_channel + first);
-      }
-      packing.finish();
-      at += block.steps;
-      block = following;
-      std::swap(left, other);
-    }
+    add_up(call, share, sums_bias ? call.bias_sums + share.grad.first_channel : nullptr);
     call.finite[unit] = write(call, share) ? 1 : 0;
   }
 }
