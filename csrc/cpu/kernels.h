@@ -195,8 +195,7 @@ struct AmxOutputConvBackward {
   int64_t steps, blocks;  // of 32 positions, and blocks of such steps
   int64_t most_steps;     // of a block
   int64_t halo;           // steps before and after a block, of the feature alone
-  int64_t window_steps;   // kept of the feature
-  int64_t window_bytes;   // of sixteen channels of them
+  int64_t window_bytes;   // of sixteen channels of the feature, a block and its halo
   int64_t left_at, right_at, sums_at, lines_at, pixels_at, zeros_at, scratch_bytes;
 };
 

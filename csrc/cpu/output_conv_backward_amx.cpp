@@ -147,21 +147,15 @@ inline Source source_of(const Share& share, const Positions& from, int64_t step,
   return {from, step * step_positions, steps, share.zeros, share.pixels, share.lines};
 }
 
-// What the window holds from step `at` on, moved to its beginning.
-void move_window(const AmxOutputConvBackward& call, const Share& share, int64_t at, int64_t steps) {
+// The window moved on by `by` steps: what the next block shares with this one goes to its beginning.
+void move_window(const AmxOutputConvBackward& call, const Share& share, int64_t by) {
   for (int64_t tile = 0; tile < 2 * share.tiles_in; ++tile) {
     std::byte* window = share.right + tile * call.window_bytes;
-    std::memmove(window, window + at * tile_bytes, static_cast<size_t>(steps * tile_bytes));
+    std::memmove(window, window + by * tile_bytes, static_cast<size_t>(2 * call.halo * tile_bytes));
   }
 }
 
-// `at`: the step of the window where the block's halo begins.
-void multiply_block(
-    const AmxOutputConvBackward& call,
-    const Share& share,
-    int64_t at,
-    int64_t steps,
-    bool is_first) {
+void multiply_block(const AmxOutputConvBackward& call, const Share& share, int64_t steps, bool is_first) {
   const int64_t next = call.most_steps * tile_bytes, odd = share.tiles_in * call.window_bytes;
   for (int64_t out = 0; out < share.tiles_out; out += 2) {
     const std::byte* left = share.left + out * next;
@@ -172,7 +166,7 @@ void multiply_block(
         const std::byte* right[group_taps];
         for (int64_t dx = -1; dx <= 1; ++dx) {
           // Pairs of the even copy begin with the positions 2k, of the odd one with 2k - 1.
-          const int64_t position = (at + call.halo) * step_positions + dy * call.pitch + dx;
+          const int64_t position = call.halo * step_positions + dy * call.pitch + dx;
           right[dx + 1] = window + (position + 1) / 2 * pixel_bytes + (position % 2 != 0 ? odd : 0);
         }
         if (out + 1 < share.tiles_out) {
@@ -218,19 +212,13 @@ void add_up(const AmxOutputConvBackward& call, const Share& share, double* bias_
   const auto pack_feature = [&](int64_t step, int64_t steps, int64_t to) {
     pack_right(source_of(share, share.feature, step, steps), share.right + to * tile_bytes, call.window_bytes, odd);
   };
-  const int64_t around = 2 * call.halo;
-  pack_feature(-call.halo, around, 0);
-  int64_t at = 0;
+  pack_feature(-call.halo, 2 * call.halo, 0);
   for (int64_t block = 0; block < call.blocks; ++block) {
     const int64_t step = call.steps * block / call.blocks, steps = call.steps * (block + 1) / call.blocks - step;
-    if (at + around + steps > call.window_steps) {
-      move_window(call, share, at, around);
-      at = 0;
-    }
-    pack_feature(step + call.halo, steps, at + around);
+    pack_feature(step + call.halo, steps, 2 * call.halo);
     pack_left(source_of(share, share.grad, step, steps), share.left, left_next);
-    multiply_block(call, share, at, steps, block == 0);
-    at += steps;
+    multiply_block(call, share, steps, block == 0);
+    move_window(call, share, steps);
     if (bias_sums == nullptr) continue;
     for (int64_t tile = 0; tile < share.tiles_out; ++tile) {
       const int64_t channel = tile * 16, channels = std::min<int64_t>(16, share.grad.channels - channel);
