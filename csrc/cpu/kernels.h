@@ -180,10 +180,10 @@ struct AmxOutputConv {
   int64_t sums_at, places_at, scratch_bytes;
 };
 
-// The gradient of the 3x3 convolution's weight: see output_conv_backward_amx.cpp.
+// The gradient of the 3x3 convolution's weight: see output_conv_backward_weight_amx.cpp.
 //
 // The pixels of all maps are one line of positions: a zero after each row, a row of zeros after each map.
-struct AmxOutputConvBackward {
+struct AmxOutputConvBackwardWeight {
   Map grad, feature;
   Result out;             // bfloat16 [cout, cin, 3, 3]
   double* bias_sums;      // [cout], or null
@@ -258,7 +258,7 @@ void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t 
 namespace amx {
 void pack_weight(const AmxWeight&, int64_t begin, int64_t end, std::byte* scratch);
 void output_conv_blocks(const AmxOutputConv&, int64_t begin, int64_t end, std::byte* scratch);
-void output_conv_backward_parts(const AmxOutputConvBackward&, int64_t begin, int64_t end, std::byte* scratch);
+void output_conv_backward_weight_parts(const AmxOutputConvBackwardWeight&, int64_t begin, int64_t end, std::byte* scratch);
 void lateral_connection_blocks(const AmxLateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 }  // namespace amx
 

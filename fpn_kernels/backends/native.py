@@ -224,6 +224,25 @@ def output_conv(
     return _in_layout(_convolve(feature, weight, bias), out_format)
 
 
+def output_conv_backward_weight(
+    grad: Tensor, feature: Tensor, wants_bias: bool, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """By AMX tiles where there are those, else PyTorch's own.
+
+    TIMES
+    """
+    if _multiplies_by_tiles(grad.dtype):
+        grad_weight = allocate((grad.shape[1], feature.shape[1], 3, 3), grad, memory_format)
+        # The library adds up in float64; rounded here, once.
+        sums = torch.empty(grad.shape[1] if wants_bias else 0, dtype=torch.float64)
+        served = torch.ops.fpn_kernels_native.output_conv_backward_weight.default(
+            grad, feature, grad_weight, sums if wants_bias else None
+        )
+        if served:
+            return grad_weight, sums.to(grad.dtype)
+    return convolution.gradient_of_weight(grad, feature, wants_bias, memory_format)
+
+
 def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
     return convolution.fastest_format(device_type, dtype) if device_type == "cpu" else None
 
@@ -257,7 +276,10 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
     **{run.__name__: Implementation(run, _refusal) for run in (upsample_add, upsample_add_backward)},
     **{
         run.__name__: Implementation(run, _refusal_but_on_the_cpu)
-        for run in (lateral_connection, merge_backward, weighted_merge, weighted_merge_backward, reorder)
+        for run in (
+            *(lateral_connection, merge_backward, weighted_merge, weighted_merge_backward),
+            *(output_conv_backward_weight, reorder),
+        )
     },
 }
 _IMPLEMENTATIONS["output_conv"] = Implementation(output_conv, _refusal_but_on_the_cpu, _output_conv_format)

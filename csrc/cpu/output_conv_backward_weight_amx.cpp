@@ -13,12 +13,12 @@
 // Zero times what is not finite is not zero.  Every value meets another one in the middle tap: where all the sums are
 // finite all the values were, and where not the caller leaves the call to PyTorch.
 
-#include "output_conv_backward_input.h"
-#include "output_conv_backward_result.h"
+#include "output_conv_backward_weight_input.h"
+#include "output_conv_backward_weight_result.h"
 
 namespace {
 
-using fpn::cpu::AmxOutputConvBackward;
+using fpn::cpu::AmxOutputConvBackwardWeight;
 
 constexpr int64_t group_taps = 3;
 constexpr int64_t group_floats = group_taps * 2 * 256;  // sums of a group: [tap][tile of output channels][16][16]
@@ -117,13 +117,13 @@ struct Share {
 };
 
 inline Positions some_channels(
-    const AmxOutputConvBackward& call, const fpn::Map& map, int64_t all, int64_t index, int64_t parts) {
+    const AmxOutputConvBackwardWeight& call, const fpn::Map& map, int64_t all, int64_t index, int64_t parts) {
   const int64_t wholes = (all + tile_channels - 1) / tile_channels, first = wholes * index / parts * tile_channels;
   const int64_t end = std::min(all, wholes * (index + 1) / parts * tile_channels);
   return {map, call.batch, call.pitch, first, end - first};
 }
 
-inline Share share_of(const AmxOutputConvBackward& call, int64_t unit, std::byte* scratch) {
+inline Share share_of(const AmxOutputConvBackwardWeight& call, int64_t unit, std::byte* scratch) {
   Share share{};
   share.grad = some_channels(call, call.grad, call.cout, unit / call.parts_in, call.parts_out);
   share.feature = some_channels(call, call.feature, call.cin, unit % call.parts_in, call.parts_in);
@@ -148,14 +148,14 @@ inline Source source_of(const Share& share, const Positions& from, int64_t step,
 }
 
 // The window moved on by `by` steps: what the next block shares with this one goes to its beginning.
-void move_window(const AmxOutputConvBackward& call, const Share& share, int64_t by) {
+void move_window(const AmxOutputConvBackwardWeight& call, const Share& share, int64_t by) {
   for (int64_t tile = 0; tile < 2 * share.tiles_in; ++tile) {
     std::byte* window = share.right + tile * call.window_bytes;
     std::memmove(window, window + by * tile_bytes, static_cast<size_t>(2 * call.halo * tile_bytes));
   }
 }
 
-void multiply_block(const AmxOutputConvBackward& call, const Share& share, int64_t steps, bool is_first) {
+void multiply_block(const AmxOutputConvBackwardWeight& call, const Share& share, int64_t steps, bool is_first) {
   const int64_t next = call.most_steps * tile_bytes, odd = share.tiles_in * call.window_bytes;
   for (int64_t out = 0; out < share.tiles_out; out += 2) {
     const std::byte* left = share.left + out * next;
@@ -179,7 +179,7 @@ void multiply_block(const AmxOutputConvBackward& call, const Share& share, int64
   }
 }
 
-bool write(const AmxOutputConvBackward& call, const Share& share) {
+bool write(const AmxOutputConvBackwardWeight& call, const Share& share) {
   const TapsOfChannels order;
   const fpn::Result& out = call.out;
   const bool by_channel = out.stride_x == 1;
@@ -205,7 +205,7 @@ bool write(const AmxOutputConvBackward& call, const Share& share) {
 }
 
 // Also the bias's sums, where they are asked for.
-void add_up(const AmxOutputConvBackward& call, const Share& share, double* bias_sums) {
+void add_up(const AmxOutputConvBackwardWeight& call, const Share& share, double* bias_sums) {
   alignas(64) uint16_t ones[512];
   std::fill(ones, ones + 512, uint16_t{0x3f80});
   const int64_t left_next = call.most_steps * tile_bytes, odd = share.tiles_in * call.window_bytes;
@@ -231,7 +231,7 @@ void add_up(const AmxOutputConvBackward& call, const Share& share, double* bias_
 
 namespace fpn::cpu::amx {
 
-void output_conv_backward_parts(const AmxOutputConvBackward& call, int64_t begin, int64_t end, std::byte* scratch) {
+void output_conv_backward_weight_parts(const AmxOutputConvBackwardWeight& call, int64_t begin, int64_t end, std::byte* scratch) {
   const TileRegisters registers(16);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Share share = share_of(call, unit, scratch);

@@ -1,4 +1,4 @@
-// Pixels as the weight's gradient reads them, 32 positions at a time (see AmxOutputConvBackward).
+// Pixels as the weight's gradient reads them, 32 positions at a time (see AmxOutputConvBackwardWeight).
 //
 // Left operand, of grad: a tile is sixteen channels by 32 positions.  Right operand, of the feature: a tile is sixteen
 // pairs of positions by sixteen channels by two, and there are two copies, with pairs from the even positions on and
