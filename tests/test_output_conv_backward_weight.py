@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from samples import LAYOUTS, random_map
 from targets import Target
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 
 import fpn_kernels
@@ -161,9 +163,9 @@ def test_a_compiled_training_step(dtype: torch.dtype, target: Target) -> None:
 
     def keep(module: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
         graphs.append(module)
-        return module.forward
+        return make_boxed_func(module.forward)
 
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=lambda module, _: module.forward, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=lambda module, _: make_boxed_func(module.forward), bw_compiler=keep)
     compiled = torch.compile(fpn_kernels.output_conv, fullgraph=True, dynamic=True, backend=backend)
     for case in (CASES[-1], CASES[1]):
         grad, feature = _maps(case, dtype, target.device, ("nhwc", "nhwc"))
