@@ -54,6 +54,7 @@ CASES = [
     Case(1, 256, 256, (25, 40)),  # C5 of an 800 x 1280 image: several blocks
     Case(1, 257, 33, (13, 10)),  # one channel after whole chunks, one after a panel
     Case(3, 33, 70, (40, 41)),  # many blocks over several maps; five tiles of output channels
+    Case(1, 40, 33, (9, 30)),  # from row to row and one further is a whole step
     Case(1, 31, 80, (3, 500)),  # rows longer than a block
     Case(5, 16, 24, (5, 3)),  # blocks that go on from map to map
     Case(1, 8, 20, (1, 75)),  # one row

@@ -231,7 +231,8 @@ void add_up(const AmxOutputConvBackwardWeight& call, const Share& share, double*
 
 namespace fpn::cpu::amx {
 
-void output_conv_backward_weight_parts(const AmxOutputConvBackwardWeight& call, int64_t begin, int64_t end, std::byte* scratch) {
+void output_conv_backward_weight_parts(
+    const AmxOutputConvBackwardWeight& call, int64_t begin, int64_t end, std::byte* scratch) {
   const TileRegisters registers(16);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Share share = share_of(call, unit, scratch);
