@@ -230,9 +230,9 @@ def output_conv_backward_weight(
     """By AMX tiles where there are those, else PyTorch's own.
 
     The tiles read maps of any layout, and of two.  Milliseconds with 256 channels on two cores of an Intel Xeon with
-    AMX, PyTorch's own and by tiles, in NHWC and in NCHW: 46.6 and 30.9, 65.6 and 33.9 at 200 x 320 pixels; 16.0 and 8.2,
-    19.8 and 9.2 at 100 x 160; 4.3 and 2.0, 4.8 and 2.3 at 50 x 80; 1.7 and 0.6, 1.7 and 0.7 at 25 x 40.  On one core the
-    tiles were ahead at all of 16 to 512 channels, and at a single pixel.
+    AMX, PyTorch's own and by tiles, in NHWC and in NCHW: 46.6 and 30.9, 65.6 and 33.9 at 200 x 320 pixels; 16.0 and
+    8.2, 19.8 and 9.2 at 100 x 160; 4.3 and 2.0, 4.8 and 2.3 at 50 x 80; 1.7 and 0.6, 1.7 and 0.7 at 25 x 40.  On one
+    core the tiles were ahead with 16 to 512 channels, and on a single pixel.
 
     Not served by the library are also maps of which a value is not finite (the tiles multiply the zeros around the
     maps), very wide ones, and few channels on many threads.
