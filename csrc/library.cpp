@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
       "lateral_connection(Tensor feature, Tensor weight, Tensor bias, Tensor? top, int mode, float gain, "
       "Tensor(a!) out) -> bool");
   m.def("output_conv(Tensor feature, Tensor weight, Tensor? bias, Tensor(a!) out) -> bool");
+  m.def(
+      "output_conv_backward_weight(Tensor grad, Tensor feature, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> bool");
   m.def("reorder(Tensor source, Tensor(a!) out) -> ()");
   m.def("limit_level(int ceiling) -> int");
   m.def("multiplies_by_tiles() -> bool");
@@ -32,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(fpn_kernels_native, CPU, m) {
   m.impl("upsample_add_backward", TORCH_BOX(&fpn::cpu::upsample_add_backward));
   m.impl("lateral_connection", TORCH_BOX(&fpn::cpu::lateral_connection));
   m.impl("output_conv", TORCH_BOX(&fpn::cpu::output_conv));
+  m.impl("output_conv_backward_weight", TORCH_BOX(&fpn::cpu::output_conv_backward_weight));
   m.impl("merge_backward", TORCH_BOX(&fpn::cpu::merge_backward));
   m.impl("weighted_merge", TORCH_BOX(&fpn::cpu::weighted_merge));
   m.impl("weighted_merge_backward", TORCH_BOX(&fpn::cpu::weighted_merge_backward));

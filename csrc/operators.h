@@ -42,6 +42,9 @@ void merge_backward(
     Tensor grad_bias);
 // Whether it served: where not, nothing was written.  out is dense, in either layout whatever the feature's.
 bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out);
+// Whether it served: where not, what was written means nothing.  grad_weight is dense, grad_bias float64.
+bool output_conv_backward_weight(
+    const Tensor& grad, const Tensor& feature, Tensor grad_weight, std::optional<Tensor> grad_bias);
 // out = source, in out's own layout: dense NCHW or NHWC.
 void reorder(const Tensor& source, Tensor out);
 

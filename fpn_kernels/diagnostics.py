@@ -16,7 +16,7 @@ from fpn_kernels.version import __version__
 
 OPERATORS = (
     *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
-    *("weighted_merge", "weighted_merge_backward", "output_conv", "reorder"),
+    *("weighted_merge", "weighted_merge_backward", "output_conv", "output_conv_backward_weight", "reorder"),
 )
 
 # Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
@@ -95,6 +95,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
         "weighted_merge": (((fine, top), torch.ones(2, device=device)), {}),
         "weighted_merge_backward": ((fine, fine, torch.ones((), device=device)), {}),
         "output_conv": ((fine, weight[:, :, None, None].expand(8, 8, 3, 3)), {}),
+        "output_conv_backward_weight": ((fine, fine), {}),
         "reorder": ((fine,), {"memory_format": torch.channels_last}),
     }
 

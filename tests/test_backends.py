@@ -256,6 +256,7 @@ def test_the_operators_appear_once() -> None:
         "weighted_merge",
         "weighted_merge_backward",
         "output_conv",
+        "output_conv_backward_weight",
         "reorder",
     }
 

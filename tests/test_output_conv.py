@@ -121,8 +121,11 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
     if wants_weight and on_cpu and nhwc[0] != nhwc[1]:
         calls.append("reorder")
     large = grad.shape[0] * grad.shape[2] * grad.shape[3] >= 2048
-    if wants_feature and (not wants_weight or (on_cpu and large)):
+    by_adjoint = wants_feature and (not wants_weight or (on_cpu and large))
+    if by_adjoint:
         calls.append("output_conv")
+    if wants_weight and (by_adjoint or not wants_feature):
+        calls.append("output_conv_backward_weight")
     return calls
 
 

@@ -180,6 +180,25 @@ struct AmxOutputConv {
   int64_t sums_at, places_at, scratch_bytes;
 };
 
+// The gradient of the 3x3 convolution's weight: see output_conv_backward_weight_amx.cpp.
+//
+// The pixels of all maps are one line of positions: a zero after each row, a row of zeros after each map.
+struct AmxOutputConvBackwardWeight {
+  Map grad, feature;
+  Result out;             // bfloat16 [cout, cin, 3, 3]
+  double* bias_sums;      // [cout], or null
+  uint8_t* finite;        // of each unit, whether its sums are
+  int64_t batch, cout, cin;
+  int64_t panels, chunks;  // of 32 output and 32 input channels
+  int64_t parts_out, parts_in;  // that they are taken in: a unit is one of each
+  int64_t pitch;          // positions from row to row
+  int64_t steps, blocks;  // of 32 positions, and blocks of such steps
+  int64_t most_steps;     // of a block
+  int64_t halo;           // steps before and after a block, of the feature alone
+  int64_t window_bytes;   // of sixteen channels of the feature, a block and its halo
+  int64_t left_at, right_at, sums_at, lines_at, pixels_at, zeros_at, scratch_bytes;
+};
+
 // What a pixel reads of the top.
 constexpr int64_t amx_top_place_bytes = 40;
 
@@ -239,6 +258,7 @@ void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t 
 namespace amx {
 void pack_weight(const AmxWeight&, int64_t begin, int64_t end, std::byte* scratch);
 void output_conv_blocks(const AmxOutputConv&, int64_t begin, int64_t end, std::byte* scratch);
+void output_conv_backward_weight_parts(const AmxOutputConvBackwardWeight&, int64_t begin, int64_t end, std::byte* scratch);
 void lateral_connection_blocks(const AmxLateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 }  // namespace amx
 

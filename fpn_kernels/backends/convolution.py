@@ -41,6 +41,34 @@ def adjoint_is_faster(grad: Tensor) -> bool:
     return grad.device.type == "cpu" and is_large(grad)
 
 
+def gradients(
+    grad: Tensor, feature: Tensor, weight: Tensor | None, wants_bias: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """ATen's gradients: of the feature where the weight is given, of the weight, and of the bias where wanted."""
+    dtype = arithmetic_dtype(grad.device.type, grad.dtype)
+    # The values of the weight do not enter its own gradient; only its shape is read.
+    values = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 3, 3) if weight is None else weight
+    computed = torch.ops.aten.convolution_backward(
+        *((grad, feature, values) if dtype == grad.dtype else (t.to(dtype) for t in (grad, feature, values))),
+        [grad.shape[1]],
+        *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        [weight is not None, True, wants_bias],
+    )
+    of_feature, of_weight, of_bias = computed
+    if dtype != grad.dtype:
+        of_feature, of_weight, of_bias = (None if g is None else g.to(grad.dtype) for g in computed)
+    assert of_weight is not None
+    return of_feature, of_weight, of_bias
+
+
+def gradient_of_weight(
+    grad: Tensor, feature: Tensor, wants_bias: bool, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """ATen's gradients of the weight, in the layout asked for, and of the bias, without elements where not wanted."""
+    _, of_weight, of_bias = gradients(grad, feature, None, wants_bias)
+    return of_weight.contiguous(memory_format=memory_format), grad.new_empty(0) if of_bias is None else of_bias
+
+
 @functools.cache
 def _multiplies_float16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import resampling
+from fpn_kernels.backends import convolution
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.backends.selection import Backend, Implementation, unprepared
 
@@ -183,6 +184,12 @@ def output_conv(
     return F.conv2d(feature, weight, bias, padding=1).contiguous(memory_format=out_format)
 
 
+def output_conv_backward_weight(
+    grad: Tensor, feature: Tensor, wants_bias: bool, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    return convolution.gradient_of_weight(grad, feature, wants_bias, memory_format)
+
+
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     return allocate(source.shape, source, memory_format).copy_(source)
 
@@ -198,7 +205,7 @@ BACKEND = Backend(
         run.__name__: Implementation(unprepared(run), _serves_all)
         for run in (
             *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
-            *(weighted_merge, weighted_merge_backward, output_conv, reorder),
+            *(weighted_merge, weighted_merge_backward, output_conv, output_conv_backward_weight, reorder),
         )
     },
 )

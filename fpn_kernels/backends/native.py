@@ -302,6 +302,39 @@ def reorder(source: Tensor, memory_format: torch.memory_format) -> Callable[...,
     return _reorder
 
 
+@AtOnce
+def output_conv_backward_weight(
+    grad: Tensor, feature: Tensor, wants_bias: bool, memory_format: torch.memory_format
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """By AMX tiles where there are those, else PyTorch's own.
+
+    The tiles read maps of any layout, and of two.  Milliseconds with 256 channels on two cores of an Intel Xeon with
+    AMX, PyTorch's own and by tiles, in NHWC and in NCHW: 46.6 and 30.9, 65.6 and 33.9 at 200 x 320 pixels; 16.0 and
+    8.2, 19.8 and 9.2 at 100 x 160; 4.3 and 2.0, 4.8 and 2.3 at 50 x 80; 1.7 and 0.6, 1.7 and 0.7 at 25 x 40.  On one
+    core the tiles were ahead with 16 to 512 channels, and on a single pixel.
+
+    Not served by the library are also maps of which a value is not finite (the tiles multiply the zeros around the
+    maps), very wide ones, and few channels on many threads.
+    """
+    if not _multiplies_by_tiles(grad.dtype):
+        return convolution.gradient_of_weight
+    shape, channels = (grad.shape[1], feature.shape[1], 3, 3), grad.shape[1] if wants_bias else 0
+    by_tiles = torch.ops.fpn_kernels_native.output_conv_backward_weight.default
+
+    def run(
+        grad: Tensor, feature: Tensor, wants_bias: bool, memory_format: torch.memory_format
+    ) -> tuple[Tensor, Tensor]:
+        grad_weight = allocate(shape, grad, memory_format)
+        # The library adds up in float64; rounded here, once.
+        sums = torch.empty(channels, dtype=torch.float64)
+        # Not remembered where it says no: values decide as well.
+        if by_tiles(grad, feature, grad_weight, sums if wants_bias else None):
+            return grad_weight, sums.to(grad.dtype)
+        return convolution.gradient_of_weight(grad, feature, wants_bias, memory_format)
+
+    return run
+
+
 def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
     return convolution.fastest_format(device_type, dtype) if device_type == "cpu" else None
 
@@ -339,6 +372,7 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
     "weighted_merge": Implementation(weighted_merge.prepare, _refusal_but_on_the_cpu),
     "weighted_merge_backward": Implementation(weighted_merge_backward.prepare, _refusal_but_on_the_cpu),
     "output_conv": Implementation(output_conv.prepare, _refusal_but_on_the_cpu, _output_conv_format),
+    "output_conv_backward_weight": Implementation(output_conv_backward_weight.prepare, _refusal_but_on_the_cpu),
     "reorder": Implementation(reorder.prepare, _refusal_but_on_the_cpu),
 }
 

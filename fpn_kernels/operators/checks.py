@@ -67,6 +67,21 @@ def check_output_conv(
     check_pointwise("feature", feature, "weight", weight, "bias", bias, kernel_size=3)
 
 
+def check_output_conv_backward_weight(grad: Tensor, feature: Tensor, memory_format: torch.memory_format | None) -> None:
+    check_memory_format(memory_format)
+    check_map("grad", grad)
+    check_map("feature", feature)
+    check_alike("feature", feature, "grad", grad)
+    for name, tensor in (("grad", grad), ("feature", feature)):
+        if tensor.shape[1] < 1:
+            raise ValueError(f"{name}: expected at least one channel, got the shape {_shape(tensor)}")
+    if feature.shape[0] != grad.shape[0] or feature.shape[2:] != grad.shape[2:]:
+        n, _, height, width = grad.shape
+        raise ValueError(
+            f"feature: expected the batch and size of grad, [{n}, Cin, {height}, {width}], got {_shape(feature)}"
+        )
+
+
 def check_upsample_add(top: Tensor, lateral: Tensor, mode: str) -> None:
     check_mode(mode)
     check_map("top", top)

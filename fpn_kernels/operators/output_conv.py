@@ -40,25 +40,7 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
     feature, weight, _ = inputs
     wants_feature, wants_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(feature if wants_weight else None, weight if wants_feature else None)
-    ctx.feature_format = result_format(feature)
-
-
-def _gradients(
-    grad: Tensor, feature: Tensor, weight: Tensor | None, wants_bias: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """ATen's gradients: of the feature where the weight is given, of the weight, and of the bias where wanted."""
-    dtype = convolution.arithmetic_dtype(grad.device.type, grad.dtype)
-    # The values of the weight do not enter its own gradient; only its shape is read.
-    values = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 3, 3) if weight is None else weight
-    gradients = torch.ops.aten.convolution_backward(
-        *(tensor.to(dtype) for tensor in (grad, feature, values)),
-        [grad.shape[1]],
-        *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),
-        [weight is not None, True, wants_bias],
-    )
-    of_feature, of_weight, of_bias = (None if g is None else g.to(grad.dtype) for g in gradients)
-    assert of_weight is not None
-    return of_feature, of_weight, of_bias
+    ctx.feature_format, ctx.weight_format = result_format(feature), result_format(weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -78,10 +60,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     if not wants_weight:
         grad_bias = sum_per_channel(grad, 1.0) if wants_bias else None
     elif wants_feature and not by_adjoint:
-        grad_feature, grad_weight, grad_bias = _gradients(grad, feature, weight, wants_bias)
+        grad_feature, grad_weight, grad_bias = convolution.gradients(grad, feature, weight, wants_bias)
     else:
-        # The bias on the way: a sum of its own would read all of grad again.
-        _, grad_weight, grad_bias = _gradients(grad, feature, None, wants_bias)
+        of_weight = direct.operators(grad, feature).output_conv_backward_weight
+        grad_weight, bias = of_weight(grad, feature, wants_bias=wants_bias, memory_format=ctx.weight_format)
+        grad_bias = bias if wants_bias else None
     return grad_feature, grad_weight, grad_bias
 
 
