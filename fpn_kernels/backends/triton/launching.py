@@ -1,7 +1,7 @@
 """A launch put together once, and repeated for every call that is alike.
 
 What a kernel is launched with, apart from its tensors, follows from their shapes, strides, dtypes and alignment alone.
-`selection` remembers what it prepared for a call by just these; what an operator's `prepare` returns here launches by
+`serving` remembers what was prepared for a call by just these; what an operator's `prepare` returns here launches by
 `Launch`, which hands the compiled kernel its arguments without having Triton bind and specialise them anew.  That took
 20 of the 61 us that `lateral_connection` cost its caller before a kernel was on its way, and finding the arguments most
 of the rest (one core of an Intel Xeon; a driver that does nothing in the GPU's place).
