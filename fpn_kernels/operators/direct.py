@@ -1,11 +1,11 @@
 """The way to an operator: through torch's dispatcher, or straight to what the dispatcher would call.
 
 `torch.library` serves everything, at a price: from Python to the kernel an `upsample_add` takes 2.5 us under
-`inference_mode` and 8 without gradients, and where one is asked for 12 to 16 more than an `autograd.Function` of its own,
-because the library's autograd is Python that serves any schema (one core of an Intel Xeon, where an eager addition takes
-0.9, and asking here 2.1).  On a GPU that is time in which nothing is launched.  So where the dispatcher would do nothing
-but call the kernel, or the autograd formula and the kernel, that is done here at once.  Wherever a compiler, a tracer, a
-transform, a mode, autocast or a profiler may have a say, torch is asked.
+`inference_mode` and 8 without gradients, and where one is asked for 12 to 16 more than an `autograd.Function` of its
+own, because the library's autograd is Python that serves any schema (one core of an Intel Xeon, where an eager
+addition takes 0.9, and asking here 2.1).  On a GPU that is time in which nothing is launched.  So where the dispatcher
+would do nothing but call the kernel, or the autograd formula and the kernel, that is done here at once.  Wherever a
+compiler, a tracer, a transform, a mode, autocast or a profiler may have a say, torch is asked.
 """
 
 from __future__ import annotations
