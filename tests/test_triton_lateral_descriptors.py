@@ -155,7 +155,7 @@ def test_the_tile_follows_the_map() -> None:
 
     def choose(height: int, width: int, channels: int = 256, layout: str = "nhwc") -> object:
         out = torch.empty(1, channels, height, width, dtype=torch.half, device="meta")
-        return lateral_connection_descriptors.choose("half", out.to(memory_format=FORMATS[layout]))
+        return lateral_connection_descriptors.choose("half", out.to(memory_format=FORMATS[layout]), 132)
 
     assert choose(200, 320) == large and choose(100, 160) == medium and choose(25, 40) == small
     assert choose(200, 320, layout="nchw") == large

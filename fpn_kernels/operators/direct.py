@@ -58,7 +58,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
                 return None
             if differentiates and tensor.requires_grad:
                 way = DIFFERENTIABLE
-        first = tensors[0]
+        first = tensors[0] if tensors else None
         return None if first is None or torch.is_autocast_enabled(first.device.type) else way
 
     return straight
@@ -68,7 +68,7 @@ _straight = _questions()
 
 
 def operators(*tensors: Tensor | None) -> Any:
-    """Where to look up the operator for a call with these tensors, of which the first is not None."""
+    """Where to look up the operator for a call with these tensors, of which the first, if any, is not None."""
     way = None if torch.compiler.is_compiling() else _straight(tensors)
     return torch.ops.fpn_kernels if way is None else way
 
