@@ -29,11 +29,16 @@ ECOSYSTEM ?= torch==2.12.1 torchvision==0.27.1 segmentation-models-pytorch==0.6.
 	mmcv-lite==2.1.0 mmengine==0.10.7 scipy shapely six terminaltables
 ECOSYSTEM_NO_DEPENDENCIES ?= mmdet==3.3.0
 
-.PHONY: help build test test-nightly test-large test-ecosystem bench sanitize lint format docs dist clean
+# The order that test-random shuffles the tests into.
+SEED ?= 1
+
+.PHONY: help build test test-nightly test-random test-large test-ecosystem coverage bench sanitize lint format docs dist clean
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
 	@echo 'make test-nightly  all cases of the tests of which `make test` draws a part, and many more of the property tests'
+	@echo 'make test-random SEED=7  the tests of `make test` in another order'
+	@echo 'make coverage  the lines that the tests of `make test` run; fails below 95 %'
 	@echo 'make test-large  the tests that take 16 GB of memory'
 	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
 	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
@@ -66,6 +71,16 @@ test-nightly: build
 	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "sampled and interpreter" $(ARGS)
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
+
+test-random: build
+	$(PY) -m pytest $(WORKERS) --random-order-bucket=global --random-order-seed=$(SEED) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter --random-order-bucket=global --random-order-seed=$(SEED) $(ARGS)
+
+coverage: build
+	$(PY) -m coverage erase
+	$(PY) -m pytest $(WORKERS) --cov --cov-report= $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter --cov --cov-append --cov-report= $(ARGS)
+	$(PY) -m coverage report
 
 # One after another: each takes most of the memory that it asks for.
 test-large: build
@@ -113,5 +128,5 @@ dist: $(READY)
 	@ls dist
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fpn_kernels/_native.so
+	rm -rf $(VENV) $(ECOSYSTEM_VENV) build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fpn_kernels/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
