@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,13 @@ def _environment(**variables: str) -> dict[str, str]:
     """Without what this pytest or its shell set for themselves; the build then has no compiler and leaves all alone."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_", "FPN_"))}
     return {**kept, "PYTHON": sys.executable, "CXX": "/nonexistent/compiler", **variables}
+
+
+@pytest.fixture(autouse=True)
+def _logs_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is told no folder for its logs makes one and leaves it, for whoever reads it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def _script(path: Path, text: str) -> Path:
