@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 
@@ -91,13 +90,6 @@ def _processors(index: int | None) -> int:
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's device."""
     return _processors(tensor.device.index) if tensor.is_cuda else _DEFAULT_PROCESSORS
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: makes it the tensor's, where it is not already."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def pixels_are_flat(tensor: Tensor) -> bool:
