@@ -216,5 +216,5 @@ def test_forward_mode_is_refused_not_dropped() -> None:
     top, lateral = _maps()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(top.requires_grad_(), torch.ones_like(top))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward mode|jvp"):
+        with pytest.raises(NotImplementedError, match="forward mode"):
             fpn_kernels.upsample_add(dual, lateral)
