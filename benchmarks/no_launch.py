@@ -17,19 +17,29 @@ _DEVICES = itertools.count(2000)
 
 
 class Driver:
-    """Stands in Triton's driver's place: compiles for sm_90 and writes down each launch (name, grid, arguments)."""
+    """Stands in Triton's driver's place: compiles for sm_90 and writes down each launch (name, grid, arguments).
+
+    `scratch` has the addresses of the memory that the launches asked for.
+    """
 
     def __init__(self, *, keep: bool = True) -> None:
+        from triton.runtime import _allocation
+
         launched: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
-        self.launched = launched
+        scratch: list[int] = []
+        self.launched, self.scratch = launched, scratch
         self.device = next(_DEVICES)
 
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
                 self.name = metadata.name
+                self.scratch = getattr(metadata, "global_scratch_size", 0) if keep else 0
 
             def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
                 _stream, _function, _metadata, _launch_metadata, _enter, _exit, *arguments = rest
+                if self.scratch:
+                    # As Triton's launcher does, which keeps nothing of it either.
+                    scratch.append(_allocation._allocator.get()(self.scratch, 128, 0).data_ptr())
                 if keep:
                     launched.append((self.name, (x, y, z), tuple(arguments)))
 

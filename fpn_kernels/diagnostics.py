@@ -16,16 +16,12 @@ from fpn_kernels.version import __version__
 
 OPERATORS = (
     *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
-    *("weighted_merge", "weighted_merge_backward", "output_conv", "output_conv_backward_weight", "reorder"),
+    *("top_down_pathway", "weighted_merge", "weighted_merge_backward"),
+    *("output_conv", "output_conv_backward_weight", "reorder"),
 )
 
 # Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
 PUBLIC: dict[str, Callable[..., Any]] = {}
-
-# Public functions that have no operator of their own, and what each is made of.
-COMPOSED = {
-    "top_down_pathway": "one lateral_connection a level; ask for that operator with the level's arguments",
-}
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -55,10 +51,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         ```
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", None)
-    if name in COMPOSED:
-        return Explanation(name, f"composition: {COMPOSED[name]}", {})
     if name not in OPERATORS:
-        raise ValueError(f"operator: expected one of {(*OPERATORS, *COMPOSED)}, got {operator!r}")
+        raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
     call = PUBLIC.get(name)
     if call is None:
         call = getattr(torch.ops.fpn_kernels, name).default
@@ -92,6 +86,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
         "upsample_add_backward": ((fine, (2, 2)), {}),
         "lateral_connection": ((fine, weight, None, top), {}),
         "merge_backward": ((fine, (2, 2), None), {}),
+        "top_down_pathway": (((fine, top), (weight, weight)), {}),
         "weighted_merge": (((fine, top), torch.ones(2, device=device)), {}),
         "weighted_merge_backward": ((fine, fine, torch.ones((), device=device)), {}),
         "output_conv": ((fine, weight[:, :, None, None].expand(8, 8, 3, 3)), {}),

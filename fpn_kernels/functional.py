@@ -366,3 +366,4 @@ def weighted_merge(
 
 
 diagnostics.PUBLIC["weighted_merge"] = weighted_merge
+diagnostics.PUBLIC["top_down_pathway"] = top_down_pathway

@@ -60,6 +60,15 @@ class Target:
         implementation = backend.implementations.get(operator)
         return implementation is not None and implementation.only_forced is None
 
+    def has_whole(self, operator: str) -> bool:
+        """Whether the backend, forced, computes as a whole what others make of several operators."""
+        backends = {backend.name: backend.implementations for backend in selection.backends()}
+        return operator in backends[self.backend] and operator not in backends["eager"]
+
+    def pathway(self) -> str:
+        """What a forward `top_down_pathway` is served as, where this backend is forced."""
+        return "top_down_pathway" if self.has_whole("top_down_pathway") else "lateral_connection"
+
     def require_operator(self, operator: str) -> None:
         """Skips an operator that the backend does not have; eager, which serves it then, is a target of its own."""
         if not self.implements(operator):
@@ -73,7 +82,9 @@ class Target:
         """
         with selection.use_backend(self.backend), selection.record_calls() as calls:
             yield
-        expected = {(name, self.backend if self.implements(name) else "eager") for name in operators}
+        expected = {
+            (name, self.backend if self.implements(name) or self.has_whole(name) else "eager") for name in operators
+        }
         assert {call for call in calls if call[0] != "reorder" or "reorder" in operators} == expected
 
 

@@ -203,7 +203,10 @@ def test_explain_goes_the_whole_way_of_the_call() -> None:
     merge = fpn_kernels.explain("weighted_merge", [LATERAL, TOP], torch.ones(2), normalization="softmax")
     assert str(merge) == str(fpn_kernels.explain(fpn_kernels.weighted_merge, [LATERAL, TOP], torch.ones(2)))
     assert merge.operator == "weighted_merge"
-    assert "composition" in fpn_kernels.explain("top_down_pathway", [LATERAL]).backend
+    # One that is made of others where no backend has it as a whole.
+    pathway = fpn_kernels.explain("top_down_pathway", [LATERAL, TOP], [torch.ones(2, 2)] * 2)
+    assert pathway.backend == "composition: one lateral_connection a level"
+    assert pathway.refusals["eager"] == "has no implementation of top_down_pathway"
     assert "nothing to launch" in fpn_kernels.explain("upsample_add", TOP[:0], LATERAL[:0]).backend
 
 

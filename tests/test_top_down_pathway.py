@@ -49,7 +49,7 @@ def test_equals_chained_lateral_connections(has_biases: bool, mode: str, target:
 def test_matches_the_reference_in_value_and_gradient(target: Target) -> None:
     features, weights, biases = _inputs(device=target.device)
     leaves = [tensor.requires_grad_() for tensor in (*features, *weights, *biases)]
-    with target.serves("lateral_connection", "merge_backward"):
+    with target.serves(target.pathway(), "lateral_connection", "merge_backward"):
         merged = fpn_kernels.top_down_pathway(features, weights, biases)
         ours = torch.autograd.grad(sum((m**2).sum() for m in merged), leaves)
     expected = reference.top_down_pathway(features, weights, biases)
@@ -273,7 +273,7 @@ def test_the_default_compiler_trains_it_in_one_graph_with_symbolic_sizes(target:
         features, weights, biases = _inputs(device=target.device)
         features = [feature.repeat(batch, 1, 1, 1) for feature in features]
         leaves = [tensor.requires_grad_() for tensor in (*features, *weights, *biases)]
-        with target.serves("lateral_connection", "merge_backward"):
+        with target.serves(target.pathway(), "lateral_connection", "merge_backward"):
             merged = compiled(features, weights, biases)
             ours = torch.autograd.grad(sum((m**2).sum() for m in merged), leaves)
             expected = fpn_kernels.top_down_pathway(features, weights, biases)

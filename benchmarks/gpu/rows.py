@@ -188,5 +188,5 @@ def sample(backends: Sequence[str]) -> list[Unit]:
         }
         for backend in backends
         for dtype, layout in (("bf16", "NHWC"), ("fp32", "NCHW"))
-        for operator in ("upsample_add", "lateral_connection", "weighted_merge")
+        for operator in ("upsample_add", "lateral_connection", "weighted_merge", "top_down_pathway")
     ]

@@ -250,21 +250,39 @@ def fastest_format(operator: str, device_type: str, dtype: torch.dtype) -> torch
     return torch.preserve_format
 
 
+def _ask(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend | None, dict[str, str], bool]:
+    """The first backend that does not refuse the call, the reasons of those before it, and whether one was forced."""
+    candidates, forced = _candidates(operator)
+    refusals: dict[str, str] = {}
+    for backend in candidates:
+        reason = backend.refusal(operator, arguments, forced)
+        if reason is None:
+            return backend, refusals, forced
+        refusals[backend.name] = reason
+    return None, refusals, forced
+
+
 def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanation]:
     """The first backend, in order of preference, that does not refuse the call.
 
     Raises:
         BackendUnavailableError: a forced backend refuses it.
     """
-    candidates, forced = _candidates(operator)
-    refusals: dict[str, str] = {}
-    for backend in candidates:
-        reason = backend.refusal(operator, arguments, forced)
-        if reason is None:
-            return backend, Explanation(operator, backend.name, refusals, forced)
-        refusals[backend.name] = reason
+    backend, refusals, forced = _ask(operator, arguments)
+    if backend is not None:
+        return backend, Explanation(operator, backend.name, refusals, forced)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise BackendUnavailableError(f"{operator}: no backend serves this call ({reasons})")
+
+
+def select_whole(operator: str, arguments: tuple[Any, ...], composition: str) -> tuple[Backend | None, Explanation]:
+    """As `select`, of an operator that is made of others where no backend serves it as a whole.
+
+    A forced backend that refuses it as a whole is asked again for each of those others.
+    """
+    backend, refusals, forced = _ask(operator, arguments)
+    serves = f"composition: {composition}" if backend is None else backend.name
+    return backend, Explanation(operator, serves, refusals, forced)
 
 
 def forced_by() -> tuple[str | None, str | None]:

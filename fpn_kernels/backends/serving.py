@@ -100,6 +100,19 @@ def prepare(operator: str, *arguments: Any, check: Callable[..., None], empty: C
     return prepared
 
 
+def prepare_whole(operator: str, *arguments: Any, composition: str) -> Prepared | None:
+    """What computes an operator that a backend may have as a whole, or None where it is made of others.
+
+    The arguments have been checked; whoever asks remembers the answer.
+    """
+    backend, explanation = selection.select_whole(operator, arguments, composition)
+    if selection.is_explaining():
+        raise selection.Explained(explanation)
+    if backend is None:
+        return None
+    return Prepared(operator, backend.name, backend.implementations[operator].prepare(*arguments))
+
+
 def call(operator: str, *arguments: Any, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
     """Checks a call, selects a backend for it and computes the operator; of a call like an earlier one, computes it.
 

@@ -45,13 +45,34 @@ def _kernel(
     options = (mode, gain, memory_format)
     arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, *options)
     key = serving.likeness("top_down_pathway", arguments) if features else None
-    connections: list[serving.Prepared] | None = serving.recall(key)
+    known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
     placed = _by_level(biases, bias_levels, len(features))
-    prepared: list[serving.Prepared] = []
-    if connections is None:
+    if known is None:
         check_pathway(features, weights, placed, mode, memory_format)
         if features[0].shape[0] == 0:
             return _fake(features, weights, biases, bias_levels, mode=mode, gain=gain, memory_format=memory_format)
+        matrices = [weight.flatten(1) for weight in weights]
+        known = serving.prepare_whole(
+            "top_down_pathway", features, matrices, placed, *options, composition="one lateral_connection a level"
+        )
+        if known is not None and not known.transient:
+            serving.remember(key, known)
+    if isinstance(known, serving.Prepared):
+        whole: list[Tensor] = known(features, [weight.flatten(1) for weight in weights], placed, *options)
+        return whole
+    return _level_by_level(features, weights, placed, options, key, known)
+
+
+def _level_by_level(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    placed: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+    key: tuple[Any, ...] | None,
+    connections: Sequence[serving.Prepared] | None,
+) -> list[Tensor]:
+    """One lateral connection after the other; `connections`, where they are known, are remembered under `key`."""
+    prepared: list[serving.Prepared] = []
     merged: list[Tensor] = []
     top: Tensor | None = None
     for level in reversed(range(len(features))):

@@ -15,6 +15,7 @@
     descriptor_convolution.py   their launch
     lateral_connection_descriptors.py   lateral_connection by them: a candidate, not yet measured
     output_conv.py              3x3 convolution of one map or of a pyramid by them
+    top_down_pathway.py         the lateral connections of all levels, each launched while the one before it runs
     autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk
     compiled.py                 every configuration of every kernel, for compilation ahead of time
 
@@ -59,6 +60,10 @@ BACKEND = Backend(
             ("weighted_merge", eligibility.weighted_merge, None),
             ("weighted_merge_backward", eligibility.weighted_merge_backward, None),
             ("output_conv", eligibility.output_conv, "nobody has measured it against cuDNN yet"),
+            (
+                *("top_down_pathway", eligibility.top_down_pathway),
+                "nobody has measured it against launches that do not overlap yet",
+            ),
         )
     },
 )

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fpn_kernels.backends.triton.launching import ALONE, Link
+
 POINTER_TYPES = {2: "*bf16", 4: "*fp32"}
 
 
@@ -28,6 +30,7 @@ class Variant:
             a single number instead.
         matrix_product: tensor-core instructions are expected.
         descriptors: bulk tensor copies (TMA) are expected where the chip has them.
+        link: whether it overlaps the launches before and after it, which chips before 9.0 cannot.
     """
 
     kernel: Any
@@ -39,6 +42,7 @@ class Variant:
     wide: Mapping[str, int] = dataclasses.field(default_factory=dict)
     matrix_product: bool = False
     descriptors: bool = False
+    link: Link = ALONE
 
 
 def variant(
@@ -52,6 +56,7 @@ def variant(
     aligned: bool,
     wide: Mapping[str, int] | tuple[str, ...] = (),
     matrix_product: bool = False,
+    link: Link = ALONE,
 ) -> Variant:
     """Describes one compilation: what is neither a pointer, a float nor a constexpr is an i32."""
     signature: dict[str, str] = {}
@@ -66,7 +71,9 @@ def variant(
         else:
             signature[name] = "fp32" if name in floats else "i32"
     allowed = wide if isinstance(wide, Mapping) else dict.fromkeys(wide, 0)
-    return Variant(kernel, signature, dict(constexprs), attrs, dict(options), description, allowed, matrix_product)
+    return Variant(
+        *(kernel, signature, dict(constexprs), attrs, dict(options), description, allowed, matrix_product), link=link
+    )
 
 
 def all_variants() -> Iterator[Variant]:
@@ -76,6 +83,7 @@ def all_variants() -> Iterator[Variant]:
         lateral_connection_descriptors,
         merge_backward,
         output_conv,
+        top_down_pathway,
         upsample_add,
         upsample_add_backward,
         weighted_merge,
@@ -83,6 +91,6 @@ def all_variants() -> Iterator[Variant]:
     )
 
     merges = (upsample_add, upsample_add_backward, merge_backward, weighted_merge, weighted_merge_backward)
-    matrix_products = (lateral_connection, lateral_connection_descriptors, output_conv)
+    matrix_products = (lateral_connection, lateral_connection_descriptors, top_down_pathway, output_conv)
     for module in (*merges, *matrix_products):
         yield from module.variants()

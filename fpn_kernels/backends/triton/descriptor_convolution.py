@@ -96,7 +96,7 @@ class Level:
 Matrices = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def plan_matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> tuple[Matrices, tuple[int, int]]:
+def plan_matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> tuple[Matrices, tuple[int, int], bool]:
     """What makes the weights of several levels, of one shape and the same strides, into matrices [Cout, taps * Cin].
 
     A 1x1 weight is such a matrix already where its rows are contiguous, a 3x3 weight in channels_last where `depth`
@@ -105,11 +105,11 @@ def plan_matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> tup
     Nothing is remembered between calls.
 
     Returns:
-        The function, and the stride and the number of the matrices' columns.
+        The function, the stride and the number of the matrices' columns, and whether the function launches.
     """
     if arithmetic != "tf32" and all(_is_matrix(weight, depth) for weight in weights):
         view = _as_matrix(weights[0])
-        return lambda weights: [_as_matrix(weight) for weight in weights], (view.stride(0), view.shape[1])
+        return lambda weights: [_as_matrix(weight) for weight in weights], (view.stride(0), view.shape[1]), False
     out_channels, in_channels = weights[0].shape[:2]
     taps = weights[0][0, 0].numel()
     padded = -(-in_channels // depth) * depth
@@ -126,7 +126,7 @@ def plan_matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> tup
         pack(tuple(weights), result)
         return list(result)
 
-    return packed, (taps * padded, taps * padded)
+    return packed, (taps * padded, taps * padded), True
 
 
 def matrices(weights: Sequence[Tensor], arithmetic: str, depth: int) -> list[Tensor]:
@@ -147,17 +147,19 @@ def _is_matrix(weight: Tensor, depth: int) -> bool:
 
 
 @contextlib.contextmanager
-def _scratch(device: torch.device) -> Iterator[None]:
-    """Memory for descriptors made on the device; whatever allocator the caller had told Triton is put back."""
+def _scratch(device: torch.device) -> Iterator[list[Tensor]]:
+    """Memory for descriptors made on the device, listed; whatever allocator the caller had told Triton is put back."""
+    used: list[Tensor] = []
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         # The caching allocator aligns to 512 bytes, descriptors want 128; freed memory is reused in stream order.
-        return torch.empty(size, dtype=torch.int8, device=device)
+        used.append(torch.empty(size, dtype=torch.int8, device=device))
+        return used[-1]
 
     previous = _allocation._allocator.get()
     triton.set_allocator(allocate)
     try:
-        yield
+        yield used
     finally:
         triton.set_allocator(previous)
 
@@ -186,13 +188,22 @@ def boxed(outs: Sequence[Tensor]) -> bool:
     return all(geometry.alignment(out, dim, out.shape[dim]) >= geometry.full_access(out) for out in outs)
 
 
-# Called with the features, weights, biases and results of the levels, the top and the gain.
+# Called with the features, weights, biases and results of the levels, the top and the gain; returns what a launch that
+# follows must not overwrite.
 Convolution = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Tensor | None, float], None
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor], Tensor | None, float],
+    Sequence[Tensor],
 ]
 
 
-def plan(levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str, mode: str = "nearest") -> Convolution:
+def plan(
+    levels: Sequence[Level],
+    config: BoxConfig,
+    taps: int,
+    arithmetic: str,
+    mode: str = "nearest",
+    link: launching.Link = launching.ALONE,
+) -> Convolution:
     """What writes each level's convolution into its dense `out`.
 
     Several levels agree in batch, channels, dtype, the layout of `out`, the strides of weight and bias, and in having
@@ -204,7 +215,10 @@ def plan(levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str,
     (batch, in_channels, height, width), out_channels = one.feature.shape, one.out.shape[1]
     sizes = [(level.feature.shape[2], level.feature.shape[3]) for level in levels]
     tiles = config.tiles(batch, out_channels, sizes)
-    to_matrices, columns = plan_matrices([level.weight for level in levels], arithmetic, config.depth)
+    to_matrices, columns, packs = plan_matrices([level.weight for level in levels], arithmetic, config.depth)
+    if packs:
+        # What packs the weights stands between this launch and the one that it would follow.
+        link = dataclasses.replace(link, follows=False)
     convolve = launching.Launch(
         kernels.convolve,
         (min(tiles, config.resident * geometry.processors(one.feature)),),
@@ -230,6 +244,7 @@ def plan(levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str,
             "BIAS": one.bias is not None,
             "WIDE": geometry.needs_int64(top, *outs),
             **config.constexprs(),
+            **link.constants(),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
@@ -243,14 +258,12 @@ def plan(levels: Sequence[Level], config: BoxConfig, taps: int, arithmetic: str,
         outs: Sequence[Tensor],
         top: Tensor | None,
         gain: float,
-    ) -> None:
-        results = tuple(outs)
+    ) -> Sequence[Tensor]:
+        results, matrices = tuple(outs), tuple(to_matrices(weights))
         addends = results if biases[0] is None else tuple(biases)
-        with _scratch(features[0].device):
-            convolve(
-                *(tuple(features), tuple(to_matrices(weights)), addends, results),
-                *(results[0] if top is None else top, gain),
-            )
+        with _scratch(features[0].device) as scratch:
+            convolve(tuple(features), matrices, addends, results, results[0] if top is None else top, gain)
+        return (*matrices, *scratch)
 
     return run
 
@@ -266,6 +279,7 @@ def convolve_variant(
     out: str = "channels",
     boxed: bool = True,
     levels: int = 1,
+    link: launching.Link = launching.ALONE,
 ) -> Variant:
     """Describes one compilation of `convolve`, on aligned tensors."""
     element_size = 2 if arithmetic == "half" else 4
@@ -273,6 +287,7 @@ def convolve_variant(
         **{"LEVELS": levels, "TAPS": taps, "MODE": "nearest", "ARITHMETIC": arithmetic, "ACCESS": 16 // element_size},
         **{"FEATURE": feature, "TOP": top, "TOP_CHANNELS": 0 if top in (None, "pixels") else 16, "OUT": out},
         **{"BOXED": boxed, "BIAS": True, "WIDE": False, **config.constexprs()},
+        **{"FOLLOWS": link.follows, "LEADS": link.leads},
     }
     signature: dict[str, Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -295,6 +310,7 @@ def convolve_variant(
         wide={"LDGSTS": 0},
         matrix_product=arithmetic != "ieee",
         descriptors=True,
+        link=link,
     )
 
 

@@ -24,6 +24,8 @@ import triton.language as tl
 
 from fpn_kernels.backends.triton.device import (
     along,
+    await_previous,
+    begin_next,
     device_function,
     kernel,
     known_multiple,
@@ -108,12 +110,14 @@ def convolve(
     FEATURE: tl.constexpr, TOP: tl.constexpr, TOP_CHANNELS: tl.constexpr,
     OUT: tl.constexpr, BOXED: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    FOLLOWS: tl.constexpr, LEADS: tl.constexpr,
 ):  # fmt: skip
     """`TOP` and `FEATURE` are axes of `geometry.inner_axis`, `TOP` also "gather" or None; `OUT` the axis along which
     the dense results are contiguous, and `BOXED` whether a descriptor can write them.
 
     One level may lie anyhow, and may have a top; the features of several are dense NHWC maps.
     """
+    begin_next(LEADS)
     PIXELS: tl.constexpr = ROWS * COLUMNS
     PART: tl.constexpr = CHANNELS // PARTS
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -203,6 +207,7 @@ def convolve(
             y = y_first + pixel // COLUMNS
             x = x_first + pixel % COLUMNS
             pixel_inside = ((y < height) & (x < width))[None, :]
+            await_previous(FOLLOWS)
             if PARTS == 2:
                 halves = tl.split(tl.permute(tl.reshape(total, [2, PART, PIXELS]), [1, 2, 0]))
             else:

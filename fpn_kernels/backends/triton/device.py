@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -65,6 +66,22 @@ def along(index, stride, ALIGNMENT: tl.constexpr):
     if ALIGNMENT == 0:
         index = index * stride
     return index
+
+
+@device_function
+def begin_next(LEADS: tl.constexpr):
+    """Lets the launch that follows this one (`launching.Link`) begin, once every program of this one has come here."""
+    if LEADS:
+        if not INTERPRETED:
+            gdc_launch_dependents()
+
+
+@device_function
+def await_previous(FOLLOWS: tl.constexpr):
+    """Waits until the launch before this one has ended, and all that it wrote is seen."""
+    if FOLLOWS:
+        if not INTERPRETED:
+            gdc_wait()
 
 
 @device_function

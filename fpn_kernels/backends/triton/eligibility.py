@@ -169,6 +169,32 @@ def lateral_connection(
     return refusal or _pixels_refusal(*feature.shape[2:])
 
 
+def _overlap_refusal(tensor: Tensor) -> str | None:
+    """Programmatic dependent launch; the interpreter runs one launch after another, which is as right."""
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] < 9:
+        return "launches overlap on compute capability 9.0 and later"
+    return None
+
+
+def top_down_pathway(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    mode: str,
+    gain: float,
+    memory_format: torch.memory_format | None,
+) -> str | None:
+    if mode == "bilinear":
+        return "in bilinear mode a level is two launches"
+    # Of a top the size alone is asked for, which is that of the feature below it.
+    tops = [*features[1:], None]
+    for level, (feature, weight, bias, top) in enumerate(zip(features, weights, biases, tops, strict=True)):
+        refusal = lateral_connection(feature, weight, bias, top, mode, gain, memory_format)
+        if refusal is not None:
+            return f"level {level}: {refusal}"
+    return _overlap_refusal(features[0])
+
+
 def _descriptor_refusal(name: str, tensor: Tensor, *axes: str) -> str | None:
     """Whether a tensor descriptor reads a map along one of these axes."""
     if geometry.inner_axis(tensor) in axes:

@@ -15,7 +15,7 @@ Bilinear is composed: the product alone, then `upsample_add` in place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton.language as tl
@@ -35,6 +35,8 @@ from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.descriptor_convolution import BoxConfig
 from fpn_kernels.backends.triton.device import (
     along,
+    await_previous,
+    begin_next,
     device_function,
     kernel,
     known_multiple,
@@ -176,7 +178,9 @@ def connect(
     WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
     BIAS: tl.constexpr, TOP: tl.constexpr, OUT: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    FOLLOWS: tl.constexpr, LEADS: tl.constexpr,
 ):  # fmt: skip
+    begin_next(LEADS)
     program = tl.program_id(0)
     channel_tile = program % channel_tiles
     pixel_tile = (program // channel_tiles) % pixel_tiles
@@ -237,6 +241,7 @@ def connect(
     if BIAS is not None:
         addend = tl.load(bias + along(widened(c, WIDE), bias_o, BIAS), mask=channel_inside, other=0.0).to(tl.float32)
         total += _by_channel(addend, PIXELS_LAST)
+    await_previous(FOLLOWS)
     if HAS_TOP:
         source_y = nearest_source(y, scale_y, top_height, MODE)
         source_x = nearest_source(x, scale_x, top_width, MODE)
@@ -266,10 +271,12 @@ def plan(
     out: Tensor,
     mode: str,
     config: ProductConfig | BoxConfig | None = None,
-) -> Callable[..., None]:
+    link: launching.Link = launching.ALONE,
+) -> Callable[..., Sequence[Tensor]]:
     """What writes the connection into the dense `out`; `mode` is a nearest one, and `config` is for measuring.
 
-    To be called with feature, weight, bias, top, out and gain; of `out`, shape and strides alone are read here.
+    To be called with feature, weight, bias, top, out and gain; of `out`, shape and strides alone are read here.  It
+    returns what a launch that follows must not overwrite.
     """
     batch, in_channels, height, width = feature.shape
     out_channels = weight.shape[0]
@@ -301,7 +308,7 @@ def plan(
         if autotune.ENABLED or arithmetic in DESCRIPTORS:
             config = _measured(feature, weight, bias, top, out, mode, access, tile)
     if isinstance(config, BoxConfig):
-        return lateral_connection_descriptors.plan(config, feature, weight, bias, top, out, mode)
+        return lateral_connection_descriptors.plan(config, feature, weight, bias, top, out, mode, link)
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
     launch_connect = launching.Launch(
         connect,
@@ -333,14 +340,18 @@ def plan(
             "PIXELS": config.pixels,
             "CHANNELS": config.channels,
             "DEPTH": config.depth,
+            **link.constants(),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
         feature,
     )
 
-    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float) -> None:
+    def run(
+        feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float
+    ) -> Sequence[Tensor]:
         launch_connect(feature, weight, out if bias is None else bias, out if top is None else top, out, gain)
+        return ()
 
     return run
 
@@ -417,33 +428,46 @@ _COMPILED = {
 }
 
 
+def connect_variant(
+    arithmetic: str,
+    size: str,
+    layout: str,
+    operator: str = "lateral_connection",
+    link: launching.Link = launching.ALONE,
+) -> Variant:
+    """Describes one compilation of `connect`: a tile of the table in a layout of `_COMPILED`."""
+    config = TABLE[arithmetic, size]
+    kind = POINTER_TYPES[2 if arithmetic == "half" else 4]
+    name, _, special = layout.partition("-")
+    by_channels, by_pixels, weight_in, weight_out, top, out, pixels_last = _LAYOUTS[name]
+    dense = name in ("nhwc", "nchw", "mixed")
+    return variant(
+        connect,
+        dict.fromkeys(("feature", "weight", "bias", "top", "out"), kind),
+        ("gain", "scale_y", "scale_x"),
+        {
+            **{"MODE": "nearest", "HAS_TOP": special != "alone", "ARITHMETIC": arithmetic},
+            "PIXELS_LAST": pixels_last,
+            "FLAT": name != "strided" and special != "crop",
+            "WIDE": name == "strided" or special == "wide",
+            **{"FEATURE_CHANNELS": by_channels, "FEATURE_PIXELS": by_pixels},
+            **{"WEIGHT_IN": weight_in, "WEIGHT_OUT": weight_out},
+            **{"BIAS": 16 if dense else 0, "TOP": top, "OUT": out},
+            **{"PIXELS": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth},
+            **{"FOLLOWS": link.follows, "LEADS": link.leads},
+        },
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        f"{operator}-{layout}-{arithmetic}-{config.pixels}x{config.channels}x{config.depth}",
+        aligned=name != "strided",
+        wide=("LDGSTS", "STG") if dense else (),
+        matrix_product=arithmetic != "ieee",
+        link=link,
+    )
+
+
 def variants() -> Iterator[Variant]:
     """What `launch` may compile: every tile of the table in each layout that may choose it, merged and alone."""
-    for (arithmetic, size), config in TABLE.items():
-        kind = POINTER_TYPES[2 if arithmetic == "half" else 4]
+    for arithmetic, size in TABLE:
         for layout in _COMPILED[size]:
-            if arithmetic == "ieee" and layout in ("mixed", "nhwc-alone", "nhwc-crop"):
-                continue
-            name, _, special = layout.partition("-")
-            by_channels, by_pixels, weight_in, weight_out, top, out, pixels_last = _LAYOUTS[name]
-            dense = name in ("nhwc", "nchw", "mixed")
-            yield variant(
-                connect,
-                dict.fromkeys(("feature", "weight", "bias", "top", "out"), kind),
-                ("gain", "scale_y", "scale_x"),
-                {
-                    **{"MODE": "nearest", "HAS_TOP": special != "alone", "ARITHMETIC": arithmetic},
-                    "PIXELS_LAST": pixels_last,
-                    "FLAT": name != "strided" and special != "crop",
-                    "WIDE": name == "strided" or special == "wide",
-                    **{"FEATURE_CHANNELS": by_channels, "FEATURE_PIXELS": by_pixels},
-                    **{"WEIGHT_IN": weight_in, "WEIGHT_OUT": weight_out},
-                    **{"BIAS": 16 if dense else 0, "TOP": top, "OUT": out},
-                    **{"PIXELS": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth},
-                },
-                {"num_warps": config.num_warps, "num_stages": config.num_stages},
-                f"lateral_connection-{layout}-{arithmetic}-{config.pixels}x{config.channels}x{config.depth}",
-                aligned=name != "strided",
-                wide=("LDGSTS", "STG") if dense else (),
-                matrix_product=arithmetic != "ieee",
-            )
+            if arithmetic != "ieee" or layout not in ("mixed", "nhwc-alone", "nhwc-crop"):
+                yield connect_variant(arithmetic, size, layout)

@@ -10,11 +10,11 @@ Nobody has measured it: `lateral_connection.DESCRIPTORS` says where it is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import Variant
 from fpn_kernels.backends.triton.descriptor_convolution import (
     MOST_SCATTERED,
@@ -53,16 +53,23 @@ def choose(arithmetic: str, out: Tensor, processors: int) -> BoxConfig:
 
 
 def plan(
-    config: BoxConfig, feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, mode: str
-) -> Callable[..., None]:
-    """What writes the connection into the dense `out`; `weight` is [Cout, Cin] and `mode` a nearest one.
+    config: BoxConfig,
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: Tensor | None,
+    out: Tensor,
+    mode: str,
+    link: launching.Link = launching.ALONE,
+) -> Callable[..., Sequence[Tensor]]:
+    """`lateral_connection.plan` by a box of this table; `weight` is [Cout, Cin]."""
+    level = Level(feature, weight, bias, top, out)
+    convolve = plan_levels([level], config, 1, geometry.arithmetic_of(feature), mode, link)
 
-    To be called with feature, weight, bias, top, out and gain; of `out`, shape and strides alone are read here.
-    """
-    convolve = plan_levels([Level(feature, weight, bias, top, out)], config, 1, geometry.arithmetic_of(feature), mode)
-
-    def run(feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float) -> None:
-        convolve([feature], [weight], [bias], [out], top, gain)
+    def run(
+        feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float
+    ) -> Sequence[Tensor]:
+        return convolve([feature], [weight], [bias], [out], top, gain)
 
     return run
 

@@ -9,11 +9,38 @@ of the rest (one core of an Intel Xeon; a driver that does nothing in the GPU's 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fpn_kernels.backends.triton.eligibility import INTERPRETED
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A launch's place among launches that overlap: programmatic dependent launch, on compute capability 9.0 and later.
+
+    Attributes:
+        follows: it begins as soon as every program of the launch before it has called `device.begin_next`.  Until
+            `device.await_previous` returns it may read only what was there before that launch, and write nothing:
+            so its results may lie in memory that the launch before still reads.  What it needs of its own before
+            then (descriptors, packed weights) may not, and is kept until all of them are on their way.
+        leads: the next launch follows it.
+    """
+
+    follows: bool = False
+    leads: bool = False
+
+    def constants(self) -> dict[str, Any]:
+        # The interpreter takes no option that it does not know.
+        pdl = {"launch_pdl": True} if self.follows and not INTERPRETED else {}
+        return {"FOLLOWS": self.follows, "LEADS": self.leads, **pdl}
+
+
+ALONE = Link()
 
 
 class Launch:
