@@ -48,7 +48,7 @@ def gradients(
     dtype = arithmetic_dtype(grad.device.type, grad.dtype)
     # The values of the weight do not enter its own gradient; only its shape is read.
     values = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 3, 3) if weight is None else weight
-    computed = torch.ops.aten.convolution_backward(
+    computed = torch.ops.aten.convolution_backward.default(
         *((grad, feature, values) if dtype == grad.dtype else (t.to(dtype) for t in (grad, feature, values))),
         [grad.shape[1]],
         *([1, 1], [1, 1], [1, 1], False, [0, 0], 1),

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+# Whose sizes are numbers; another subclass's may be symbols, which are not to be compared.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def result_format(tensor: Tensor) -> torch.memory_format:
     """`torch.channels_last` where the 4-D tensor's strides say NHWC, else `torch.contiguous_format`.
@@ -15,16 +18,20 @@ def result_format(tensor: Tensor) -> torch.memory_format:
     Slices of an NHWC map count as NHWC; any other order of dimensions (a transposed map, an expanded one) counts
     as NCHW.
     """
-    if type(tensor) is Tensor:  # whose sizes are numbers; a subclass's may be symbols, which are not to be compared
-        _, channels, height, width = tensor.shape
-        if channels > 1 and height > 1 and width > 1:
-            # Dense maps by the sight of their strides: 0.5 us, where the loop of `suggest_memory_format` takes 1.9.
-            strides = tensor.stride()
-            if strides[1:] == (height * width, width, 1):
-                return torch.contiguous_format
-            if strides == (height * width * channels, 1, width * channels, channels):
-                return torch.channels_last
+    if type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.dim() == 4:
+        return torch.channels_last if _say_nhwc(tensor.shape, tensor.stride()) else torch.contiguous_format
     return suggest_memory_format(tensor)
+
+
+def _say_nhwc(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """What `suggest_memory_format` goes by, in numbers: 0.7 us, where its own, for symbols too, takes 2.7."""
+    batch, channels, height, width = shape
+    stride_n, stride_c, stride_y, stride_x = strides
+    if stride_x < channels * stride_c or stride_c == 0:
+        return False
+    row, image = stride_x * width, stride_y * height
+    # Where one channel's maps of one pixel may be either, they are NCHW.
+    return stride_y >= row and stride_n >= image != stride_c and batch * channels * height * width > 0
 
 
 def requested_format(tensor: Tensor, memory_format: torch.memory_format | None) -> torch.memory_format:

@@ -112,7 +112,7 @@ def weight_gradient(grad: Tensor, feature: Tensor, shape: Sequence[int], gain: f
             return (product if gain == 1.0 else product * gain).reshape(shape)
     # The values of the weight do not enter its own gradient; only its shape is read.
     weight = feature.new_zeros(()).expand(grad.shape[1], feature.shape[1], 1, 1)
-    result: Tensor = torch.ops.aten.convolution_backward(
+    result: Tensor = torch.ops.aten.convolution_backward.default(
         grad, feature, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
     return (result if gain == 1.0 else result * gain).reshape(shape)
