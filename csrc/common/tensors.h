@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "maps.h"
 
 namespace fpn {
@@ -25,6 +27,13 @@ inline Map map_of(const Tensor& tensor) {
   const auto strides = tensor.strides();
   return {
       tensor.const_data_ptr(), tensor.size(2), tensor.size(3), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// Of two tensors with as many dimensions.
+inline bool same_strides(const Tensor& left, const Tensor& right) {
+  // In torch 2.11 the stable ABI's lists of numbers have no operator==.
+  const auto ours = left.strides(), theirs = right.strides();
+  return std::equal(ours.begin(), ours.end(), theirs.begin());
 }
 
 inline Result result_of(const Tensor& tensor) {

@@ -40,7 +40,7 @@ void merge_backward(
     Tensor grad_top,
     Tensor grad_bias) {
   STD_TORCH_CHECK(
-      !own || (own->scalar_type() == grad_top.scalar_type() && own->strides() == grad_top.strides()),
+      !own || (own->scalar_type() == grad_top.scalar_type() && same_strides(*own, grad_top)),
       "own: expected the dtype and the strides of grad_top");
   STD_TORCH_CHECK(
       grad_bias.scalar_type() == torch::headeronly::ScalarType::Double && grad_bias.is_contiguous(),

@@ -22,7 +22,8 @@ inline cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "this PyTorch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not have.
+  STD_TORCH_CHECK(getter(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream on device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 
