@@ -53,9 +53,14 @@ class _DispatchMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _profile() -> torch.profiler.profile:
+    # torch 2.11 warns of what it drops between cycles unless it is told to keep it.
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
+
+
 @contextlib.contextmanager
 def _profiled() -> Iterator[None]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    with _profile():
         yield
 
 
@@ -119,7 +124,7 @@ def test_transforms_see_the_call() -> None:
 def test_a_profile_names_the_operator() -> None:
     top, lateral = _maps()
     fpn_kernels.upsample_add(top, lateral)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with _profile() as profile:
         fpn_kernels.upsample_add(top, lateral)
     assert "fpn_kernels::upsample_add" in {event.name for event in profile.events()}
 

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from samples import random_map
-from targets import Target
+from targets import INTERPRETED, Target
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,6 +267,8 @@ def test_bad_options_are_named() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_the_default_compiler_trains_it_in_one_graph_with_symbolic_sizes(target: Target) -> None:
+    if INTERPRETED:
+        pytest.skip("whichever backend computes it, the graph is the same, and takes most of a minute")
     torch._dynamo.reset()
     compiled = torch.compile(fpn_kernels.top_down_pathway, fullgraph=True, dynamic=True)
     for batch in (2, 3):

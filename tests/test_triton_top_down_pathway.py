@@ -82,6 +82,7 @@ def _compiled(description: str, capability: int) -> Any:
 
 
 @compiles
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("description", [name for name, variant in VARIANTS.items() if variant.link.follows])
 def test_nothing_is_written_and_no_coarse_pixel_read_before_the_wait(description: str) -> None:
     """On every path through the machine's own control flow, not as the source happens to be written."""
