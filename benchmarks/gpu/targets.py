@@ -4,6 +4,8 @@ A time is possible by the arithmetic of `fpn_kernels/roofline.py` at the rates m
 floor that it stands for is noted beside it. A GPU that is not named here has no targets.
 
 H200 (sm_90, 132 multiprocessors, 60 MB of L2), floors at a copy of 4.3 TB/s and a bf16 product of 790 TFLOP/s.
+H100 (the same, 50 MB of L2), at 3.0 TB/s and 798 TFLOP/s: the same shares of its floors (the neck: what its pathway takes
+longer is added), and the same ratios.
 """
 
 from __future__ import annotations
@@ -61,6 +63,13 @@ _H200 = (
     Target("neck", TRAINING, None, 8, None, 1.4, 1.15),
 )
 
+# In the order of the rows above; what multiplies more than it moves takes as long on both.
+_H100_SECONDS = (
+    *(28e-6, 280e-6, 30e-6, 365e-6, 115e-6, 165e-6, 900e-6),
+    *(49e-6, 330e-6, 220e-6, 1.45e-3, None, None),
+)
+_H100 = tuple(replace(target, seconds=seconds) for target, seconds in zip(_H200, _H100_SECONDS, strict=True))
+
 
 def _nchw(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     """NCHW inputs are to be as far ahead of NCHW eager; their times have no target."""
@@ -68,4 +77,7 @@ def _nchw(targets: tuple[Target, ...]) -> tuple[Target, ...]:
 
 
 # By the name that `torch.cuda.get_device_name` gives.
-TARGETS: dict[str, tuple[Target, ...]] = {"NVIDIA H200": (*_H200, *_nchw(_H200))}
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "NVIDIA H200": (*_H200, *_nchw(_H200)),
+    "NVIDIA H100 80GB HBM3": (*_H100, *_nchw(_H100)),
+}
