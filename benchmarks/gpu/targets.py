@@ -4,8 +4,8 @@ A time is possible by the arithmetic of `fpn_kernels/roofline.py` at the rates m
 floor that it stands for is noted beside it. A GPU that is not named here has no targets.
 
 H200 (sm_90, 132 multiprocessors, 60 MB of L2), floors at a copy of 4.3 TB/s and a bf16 product of 790 TFLOP/s.
-H100 (the same, 50 MB of L2), at 3.0 TB/s and 798 TFLOP/s: the same shares of its floors (the neck: what its pathway takes
-longer is added), and the same ratios.
+H100 (the same, 50 MB of L2), at 3.0 TB/s and 798 TFLOP/s: the same shares of its floors (the neck: what its pathway
+takes longer is added), and the same ratios.
 """
 
 from __future__ import annotations
