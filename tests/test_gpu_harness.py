@@ -277,7 +277,7 @@ def test_a_run_goes_on_with_an_earlier_one(tmp_path: Path) -> None:
         def run(self, units: list[dict[str, Any]], deadline: float) -> None:
             begun.extend(unit["id"] for unit in units)
 
-    run._pool = lambda finished: Pool()  # type: ignore[assignment, return-value]
+    run._pool = lambda finished, environment: Pool()  # type: ignore[assignment, return-value]
     run._units([{"id": "a"}, {"id": "b"}], time.monotonic() + 1, run.document["rows"])
     assert begun == ["b"] and run.pointless() is None
 

@@ -299,3 +299,29 @@ def test_every_gpu_figure_of_the_readme_comes_from_a_file_that_is_here() -> None
     header = table.to_readme(_document(_row())).split("\n\n")[1].splitlines()[0]
     assert (header in readme) == bool(shown)
     assert not shown or any(text in readme for text in shown)
+
+
+def test_a_choice_that_is_not_the_fastest_candidate_is_named() -> None:
+    def entry(call: str, default: str, **times: float) -> dict[str, Any]:
+        return {"call": call, "default": default, "microseconds": times}
+
+    document = _document(_row())
+    document["candidates"] = [
+        {
+            "id": "candidates a",
+            "status": "ok",
+            "measured": [
+                entry("op 1", "large", large=20.0, small=10.0),
+                entry("op 2", "large", large=10.4, small=10.0),  # noise
+                entry("op 3", "huge", small=10.0),
+                entry("op 4", "huge"),
+            ],
+        },
+        {"id": "candidates b", "status": "failed", "reason": "RuntimeError: no"},
+    ]
+    assert not list(documents.problems(document))
+    said = "\n".join(table.summary(document))
+    assert "candidates: 1 ok, 1 failed; 3 classes of calls" in said
+    assert "op 1: large takes 20.0 us, small 10.0 us (2.00x)" in said and "op 2" not in said
+    assert "op 3: huge does not run, small takes 10.0 us" in said and "op 4: huge: no candidate runs" in said
+    assert "candidates b: failed: RuntimeError: no" in said

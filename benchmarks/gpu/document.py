@@ -7,6 +7,7 @@ date, seconds, limit_seconds
 environment         what `environment.py` collects
 steps               one entry a step: name, status, seconds, budget, and reason, output where there is something
 smoke, sanitizer    one entry a unit, or a tool: status, and figures or the reason
+candidates          one entry a case: status, and the time of each candidate kernel or the reason
 tests               counts, and the tests that failed
 ceilings            limit, source, rate a second
 rows                one entry a case and provider: status, and figures (`measure.py`) or the reason
@@ -40,6 +41,7 @@ _FORM: dict[str, type | tuple[type, ...]] = {
     "steps": list,
     "smoke": list,
     "sanitizer": list,
+    "candidates": list,
     "tests": dict,
     "ceilings": list,
     "rows": list,
@@ -48,6 +50,7 @@ _FORM_OF_ENTRIES: dict[str, dict[str, type | tuple[type, ...]]] = {
     "steps": {"name": str, "status": str, "seconds": (int, float)},
     "smoke": {"id": str, "status": str},
     "sanitizer": {"tool": str, "status": str},
+    "candidates": {"id": str, "status": str},
     "ceilings": {"limit": str, "source": str, "rate": (int, float)},
     "rows": {
         **dict.fromkeys(("operator", "direction", "case", "dtype", "layout", "provider", "status"), str),
@@ -77,6 +80,7 @@ def empty(*, dry_run: bool, date: str, limit_seconds: float) -> Document:
         "steps": [],
         "smoke": [],
         "sanitizer": [],
+        "candidates": [],
         "tests": {},
         "ceilings": [],
         "rows": [],

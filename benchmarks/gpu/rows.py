@@ -140,6 +140,21 @@ def case_of(unit: Unit) -> Case:
     return Case(unit["operator"], unit["direction"], spot, unit["batch"], unit["dtype"], unit["layout"])
 
 
+def candidates(tiny: bool) -> list[Unit]:
+    """Every level of the operators that have tables of configurations, as Triton alone would serve them."""
+    formats = (("bf16", "NHWC"),) if tiny else (("bf16", "NHWC"), ("bf16", "NCHW"), ("fp32", "NHWC"))
+    cases = [
+        Case(operator, FORWARD, _spot(operator, tiny, None), batch, dtype, layout)
+        for dtype, layout in formats
+        for batch in ((1,) if tiny else (1, 8))
+        for operator in ("lateral_connection", "output_conv", "upsample_add")
+        # The kernel of the 3x3 reads NHWC maps alone.
+        if (operator, layout) != ("output_conv", "NCHW")
+    ]
+    units = [_unit(case, f"{LIBRARY}/triton") for case in cases]
+    return [{**unit, "id": f"candidates {unit['id']}", "kind": "candidates", "budget": 60.0} for unit in units]
+
+
 def ceilings(tiny: bool) -> list[Unit]:
     """The copy, and the products in each dtype."""
     common = {"budget": 30.0, "tiny": tiny}

@@ -98,6 +98,7 @@ class Run:
             Step("ceilings", self._ceilings, 15, 30),
             Step("headline", self._headline, 60, 130),
             Step("max-autotune", self._max_autotune, 25, 80),
+            Step("candidates", self._candidates, 20, 70),
             Step("others", self._others, 20, 1e9),
             Step("sanitizer", self._sanitizer, sanitized, 1e9),
         )
@@ -183,7 +184,7 @@ class Run:
                 before = earlier["environment"].get(name)
                 self._mismatch = f"not the {name} of the run to go on with: {now[name]!r} here, {before!r} there"
                 raise StepFailed(self._mismatch)
-        for name in ("smoke", "tests", "sanitizer"):
+        for name in ("smoke", "tests", "sanitizer", "candidates"):
             if self.options.only and name not in self.options.only:
                 self.document[name] = earlier[name]
         self.document["ceilings"] = list(earlier["ceilings"])
@@ -203,11 +204,19 @@ class Run:
         self._environment(deadline)
         return remark or None
 
-    def _pool(self, finished: Callable[[Unit, dict[str, Any]], None]) -> Pool:
+    def _pool(
+        self, finished: Callable[[Unit, dict[str, Any]], None], environment: dict[str, str] | None = None
+    ) -> Pool:
         command = [sys.executable, "-m", "benchmarks.gpu.worker", "--device", self.device]
-        return Pool(command, self.options.logs, ROOT, finished=finished)
+        return Pool(command, self.options.logs, ROOT, environment or {}, finished)
 
-    def _units(self, units: Sequence[Unit], deadline: float, entries: list[dict[str, Any]]) -> str | None:
+    def _units(
+        self,
+        units: Sequence[Unit],
+        deadline: float,
+        entries: list[dict[str, Any]],
+        environment: dict[str, str] | None = None,
+    ) -> str | None:
         """Runs units, an entry of the document each; a remark where some were left or failed."""
         done = {entry["id"] for entry in entries}
         chosen = [unit for unit in units if re.search(self.options.pattern, unit["id"]) and unit["id"] not in done]
@@ -225,7 +234,7 @@ class Run:
             if time.monotonic() - self._saved > _SAVE_EVERY:
                 self.save()
 
-        left = self._pool(finished).run(chosen, deadline)
+        left = self._pool(finished, environment).run(chosen, deadline)
         counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
         if statuses["failed"]:
             raise StepFailed(counts)
@@ -264,6 +273,14 @@ class Run:
 
     def _max_autotune(self, deadline: float) -> str | None:
         return self._units(self._plan().max_autotune(), deadline, self.document["rows"])
+
+    def _candidates(self, deadline: float) -> str | None:
+        if "triton" not in self._backends():
+            raise StepSkipped("Triton is not here")
+        # A cache of its own: what an earlier process found is measured again.
+        environment = {"FPN_KERNELS_AUTOTUNE": "1", "XDG_CACHE_HOME": str(self.options.logs / "autotune")}
+        units = rows.candidates(self.options.dry_run)
+        return self._units(units, deadline, self.document["candidates"], environment)
 
     def _others(self, deadline: float) -> str | None:
         return self._units(self._plan().others(), deadline, self.document["rows"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.cases import LIBRARY
@@ -17,6 +17,9 @@ _LEGEND = (
     " x eager, x compile, x tuned: time of eager, torch.compile and torch.compile max-autotune over the library's;"
     " caller: until the result is there, launches included; memory: of eager's training step over the library's."
 )
+
+# A candidate that is faster by less than this is no reason to change a table.
+_NOISE = 1.05
 
 
 def _ratio(value: float | None) -> str:
@@ -140,10 +143,32 @@ def summary(document: Document) -> list[str]:
             f"  {failure['test']}: {failure['message'].splitlines()[0][:160]}" for failure in tests["failures"][:20]
         ]
     said += [f"{tool['tool']}: {tool['status']}, {tool.get('reason', '')}" for tool in document["sanitizer"]]
+    if document["candidates"]:
+        better = list(_better_candidates(document["candidates"]))
+        counts = _unit_counts(document["candidates"])
+        said.append(f"candidates: {counts}; {len(better)} classes of calls for which the library's choice is slower")
+        said += better[:40]
+        failed = [(entry["id"], entry) for entry in document["candidates"] if entry["status"] == "failed"]
+        said += _by_reason(failed)
     rows = [(f"{row['operator']} {row['direction']} {row['case']} {row['provider']}", row) for row in document["rows"]]
     said.append(f"rows: {_unit_counts(document['rows'])}")
     said += _by_reason([(name, row) for name, row in rows if row["status"] != "ok"])
     return said
+
+
+def _better_candidates(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each class of calls for which the library's choice is not the fastest candidate."""
+    for each in (each for entry in entries for each in entry.get("measured", ())):
+        times, call = each["microseconds"], f"{each['call']}: {each['default']}"
+        if not times:
+            yield f"  {call}: no candidate runs"
+            continue
+        best = min(times, key=times.__getitem__)
+        own = times.get(each["default"])
+        if own is None:
+            yield f"  {call} does not run, {best} takes {times[best]:.1f} us"
+        elif own > _NOISE * times[best]:
+            yield f"  {call} takes {own:.1f} us, {best} {times[best]:.1f} us ({own / times[best]:.2f}x)"
 
 
 def _by_reason(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

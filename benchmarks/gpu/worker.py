@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import allocator, bench_ceilings, providers
 from benchmarks.clock import Clock
-from benchmarks.gpu import environment, measure, smoke
+from benchmarks.gpu import candidates, environment, measure, smoke
 from benchmarks.gpu.rows import Unit, case_of
 from benchmarks.gpu.units import CONTEXT_LOST
 
@@ -71,7 +71,13 @@ def _sample(unit: Unit, device: torch.device) -> dict[str, Any]:
     return smoke.sample(unit["operator"], unit["dtype"], unit["layout"], unit["backend"], device)
 
 
-_KINDS = {"ceiling": _ceiling, "row": _row, "smoke": _smoke, "sample": _sample}
+_KINDS = {
+    "ceiling": _ceiling,
+    "row": _row,
+    "smoke": _smoke,
+    "sample": _sample,
+    "candidates": candidates.measure,
+}
 
 
 def execute(unit: Unit, device: torch.device) -> dict[str, Any]:

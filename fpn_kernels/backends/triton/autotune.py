@@ -11,13 +11,14 @@ holds for what was measured.  A file that cannot be read or written is ignored, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,27 @@ ENVIRONMENT_VARIABLE = "FPN_KERNELS_AUTOTUNE"
 ENABLED = os.environ.get(ENVIRONMENT_VARIABLE, "").lower() in ("1", "true", "on")
 
 Candidate = TypeVar("Candidate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What was measured for one class of calls.
+
+    Attributes:
+        operator, dtype, call: the class, as `fastest` was told of it.
+        default: what the heuristics say, a candidate's `repr`.
+        milliseconds: the candidates that run, by their `repr`.
+    """
+
+    operator: str
+    dtype: str
+    call: str
+    default: str
+    milliseconds: Mapping[str, float]
+
+
+# Of this process, in the order in which they were made: what `benchmarks.gpu` reads.
+measurements: list[Measurement] = []
 
 _lock = threading.RLock()
 _answers: dict[pathlib.Path, dict[str, str]] = {}
@@ -110,15 +132,15 @@ def _write(path: pathlib.Path, key: str, answer: str) -> None:
             pathlib.Path(temporary).unlink(missing_ok=True)
 
 
-def _fastest(candidates: Sequence[Candidate], default: Candidate, run: Callable[[Candidate], None]) -> Candidate:
-    """The default where no candidate runs (one that needs more shared memory than the chip has is left out)."""
-    times: list[tuple[float, int]] = []
-    for number, candidate in enumerate(candidates):
+def _times(candidates: Sequence[Candidate], run: Callable[[Candidate], None]) -> dict[str, float]:
+    """Milliseconds by `repr`; a candidate that needs more shared memory than the chip has is left out."""
+    times: dict[str, float] = {}
+    for candidate in candidates:
         try:
-            times.append((milliseconds(lambda candidate=candidate: run(candidate)), number))  # type: ignore[misc]
+            times[repr(candidate)] = milliseconds(lambda candidate=candidate: run(candidate))  # type: ignore[misc]
         except triton.runtime.errors.OutOfResources:
             continue
-    return candidates[min(times)[1]] if times else default
+    return times
 
 
 def fastest(
@@ -151,8 +173,11 @@ def fastest(
         known = {repr(candidate): candidate for candidate in candidates}
         answer = _answers[path].get(key)
         if answer not in known:
-            chosen = _fastest(candidates, default, run)
-            answer = _answers[path][key] = repr(chosen)
-            known.setdefault(answer, chosen)
+            times = _times(candidates, run)
+            measurements.append(
+                Measurement(operator, str(tensor.dtype), " ".join(map(str, call)), repr(default), times)
+            )
+            known.setdefault(repr(default), default)
+            answer = _answers[path][key] = min(times, key=times.__getitem__) if times else repr(default)
             _write(path, key, answer)
         return known[answer]
