@@ -23,6 +23,7 @@ def before_the_wait(ptx: str) -> list[str]:
     assert not [line for line in lines if re.match(r"(@!?%p\d+ )?(brx|call)", line)], (
         "control flow that is not read here"
     )
+    assert not [line for line in lines if _WAIT in line and line.startswith("@")], "a wait that not every thread makes"
     reached: set[int] = set()
     ahead = [0]
     while ahead:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import pathlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ import fpn_kernels  # noqa: E402
 from benchmarks import no_launch  # noqa: E402
 from fpn_kernels import reference  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
+    autotune,
     descriptor_kernels,
     eligibility,
     geometry,
@@ -256,6 +258,20 @@ def test_a_launch_behind_packed_weights_does_not_overlap(
     assert [name for name, _, _ in driver.launched] == ["convolve", "pack", "convolve"]
     place = list(descriptor_kernels.convolve.arg_names).index("FOLLOWS")
     assert [arguments[place] for name, _, arguments in driver.launched if name == "convolve"] == [False, False]
+
+
+@compiles
+def test_autotuning_times_tops_that_have_memory(
+    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "_answers", {})
+    monkeypatch.setattr(autotune, "ENABLED", True)
+    monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU")
+    monkeypatch.setattr(autotune, "milliseconds", lambda run: (run(), 1.0)[1])
+    top_down_pathway.top_down_pathway.prepare(*_small([(16, 16), (8, 8)]), "nearest", 1.0, None)
+    tensors = [each for _, _, arguments in driver.launched for each in arguments if isinstance(each, Tensor)]
+    assert len(driver.launched) >= 4 and tensors and not [each for each in tensors if each.is_meta]
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

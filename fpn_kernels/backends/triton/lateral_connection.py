@@ -130,6 +130,8 @@ def _measured(
         if arithmetic in DESCRIPTORS:
             default = lateral_connection_descriptors.choose(arithmetic, out, geometry.processors(feature))
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
+    if top is not None and top.is_meta and autotune.ENABLED:
+        top = torch.empty_like(top, device=feature.device).normal_()  # a pathway's, which is yet to be computed
     doubled = top is not None and tuple(out.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
     return autotune.fastest(
         "lateral_connection",
