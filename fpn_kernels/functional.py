@@ -205,7 +205,8 @@ def output_conv_format(feature: Tensor) -> torch.memory_format:
     device_type, dtype = feature.device.type, feature.dtype
     if not convolution.is_large(feature):
         return torch.preserve_format
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Not every type of device has an autocast to ask for; the compiler of torch 2.11 cannot ask which do.
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     return _output_conv_format(device_type, dtype)

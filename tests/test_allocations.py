@@ -32,7 +32,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def allocated(call: Callable[[], Any]) -> int:
     """The bytes that a call allocates, whether it frees them again or not."""
     call()  # whatever is made once and kept
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # torch 2.11 warns of what it drops between cycles unless it is told to keep it.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = call()
     del result
     events = profiler.profiler.kineto_results.events()

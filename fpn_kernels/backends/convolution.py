@@ -19,7 +19,9 @@ def is_large(feature: Tensor) -> bool:
 
     While a graph is made every map counts as large, so that no size becomes a condition of the graph.
     """
-    return torch.compiler.is_compiling() or feature.shape[0] * feature.shape[2] * feature.shape[3] >= _FEW_PIXELS
+    pixels = feature.shape[0] * feature.shape[2] * feature.shape[3]
+    # torch 2.11 traces a backward without `is_compiling`.
+    return torch.compiler.is_compiling() or isinstance(pixels, torch.SymInt) or pixels >= _FEW_PIXELS
 
 
 def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
