@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,21 @@ def cuobjdump() -> str:
     except RuntimeError as error:  # what Triton raises where a tool is missing
         pytest.skip(f"Triton came without cuobjdump: {error}")
     return str(path)
+
+
+def source_of(variant: Any) -> Any:
+    """What Triton compiles a `compiled.Variant` from."""
+    from triton.compiler import ASTSource
+
+    return ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
+
+
+def compile_for(variant: Any, capability: int) -> Any:
+    """A `compiled.Variant`, compiled for a compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(source_of(variant), target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
 
 
 def dump(option: str, binary: pathlib.Path) -> str:

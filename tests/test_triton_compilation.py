@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import dump
+from machine_code import compile_for, dump, source_of
 from targets import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -21,7 +21,6 @@ if INTERPRETED:
     pytest.skip("the interpreter is on: nothing is compiled", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from fpn_kernels import resampling  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
@@ -67,14 +66,7 @@ def test_machine_code(description: str, capability: int, tmp_path: Path) -> None
     variant: Variant = VARIANTS[description]
     if capability < 90 and variant.link != ALONE:
         pytest.skip("launches overlap on compute capability 9.0 and later")
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=dict(variant.signature),
-        constexprs=dict(variant.constexprs),
-        attrs=dict(variant.attrs),
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
-    code = _machine_code(compiled, capability, tmp_path)
+    code = _machine_code(compile_for(variant, capability), capability, tmp_path)
     if variant.matrix_product:
         assert re.search(CHIPS[capability][1], code), "the matrix product is not on the tensor cores"
     if variant.descriptors:
@@ -172,8 +164,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
 
     known = set()
     for variant in VARIANTS.values():
-        source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
-        known.add(identity(source, variant.options["num_warps"]))
+        known.add(identity(source_of(variant), variant.options["num_warps"]))
     top, fine = (torch.empty(2, 256, *s, dtype=torch.bfloat16).to(memory_format=layout) for s in ((16, 32), (32, 64)))
     for mode in ("nearest", "bilinear"):
         upsample_add.upsample_add(top, fine, mode, 1.0)

@@ -70,10 +70,10 @@ def test_every_tile(key: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> No
             reading = descriptor_convolution.top_reading(feature, top, config)
             readings.add(reading)
             out.fill_(float("nan"))
-            lateral_connection_descriptors.launch(config, feature, weight, bias, top, out, "nearest", 0.7)
+            lateral_connection.launch(feature, weight, bias, top, out, "nearest", 0.7, config)
             _close(out, oracle.lateral_connection(feature, weight, bias, top, "nearest", 0.7))
         out.fill_(float("nan"))
-        lateral_connection_descriptors.launch(config, feature, weight, None, None, out, "nearest", 1.0)
+        lateral_connection.launch(feature, weight, None, None, out, "nearest", 1.0, config)
         _close(out, oracle.lateral_connection(feature, weight))
     assert {"channels", "gather"} <= readings
 
@@ -144,7 +144,7 @@ def test_int64_offsets_give_the_same_results(layout: str, monkeypatch: pytest.Mo
     for wide in (False, True):
         monkeypatch.setattr(geometry, "needs_int64", lambda *tensors, wide=wide: wide)
         out = _poisoned((2, 9, 5, 8), torch.half, layout)
-        lateral_connection_descriptors.launch(config, feature, weight, None, top, out, "nearest", 0.5)
+        lateral_connection.launch(feature, weight, None, top, out, "nearest", 0.5, config)
         results.append(out)
     assert torch.equal(*results)
     _close(results[0], oracle.lateral_connection(feature, weight, None, top, "nearest", 0.5))

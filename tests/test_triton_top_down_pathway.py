@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import pathlib
 import random
 import re
@@ -14,19 +15,17 @@ import oracle
 import ptx
 import pytest
 import torch
+from machine_code import compile_for
 from samples import random_map
 from targets import INTERPRETED
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-import fpn_kernels  # noqa: E402
-from benchmarks import no_launch  # noqa: E402
-from fpn_kernels import reference  # noqa: E402
-from fpn_kernels.backends.triton import (  # noqa: E402
+import fpn_kernels
+from benchmarks import no_launch
+from fpn_kernels import reference
+from fpn_kernels.backends.triton import (
     autotune,
     descriptor_kernels,
     eligibility,
@@ -77,10 +76,9 @@ def test_every_kernel_of_the_chain(
         assert max(_errors(arguments, merged, mode=mode, gain=0.5)) <= tolerance
 
 
-def _compiled(description: str, capability: int) -> Any:
-    variant = VARIANTS[description]
-    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
+def _ptx(description: str) -> str:
+    code: str = compile_for(VARIANTS[description], 90).asm["ptx"]
+    return code
 
 
 @compiles
@@ -88,7 +86,7 @@ def _compiled(description: str, capability: int) -> Any:
 @pytest.mark.parametrize("description", [name for name, variant in VARIANTS.items() if variant.link.follows])
 def test_nothing_is_written_and_no_coarse_pixel_read_before_the_wait(description: str) -> None:
     """On every path through the machine's own control flow, not as the source happens to be written."""
-    code = _compiled(description, 90).asm["ptx"]
+    code = _ptx(description)
     variant, everything, before = VARIANTS[description], ptx.instructions_of(code), ptx.before_the_wait(code)
     assert ptx.writes(everything) and not ptx.writes(before)
     leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
@@ -99,13 +97,13 @@ def test_nothing_is_written_and_no_coarse_pixel_read_before_the_wait(description
         return
     # A box of coarse pixels is a bulk copy as any other: before the wait there are those of feature and weight alone.
     first = re.sub("-(middle|last)-", "-first-", description)
-    alone = ptx.bulk_reads(ptx.instructions_of(_compiled(first, 90).asm["ptx"]))
+    alone = ptx.bulk_reads(ptx.instructions_of(_ptx(first)))
     assert len(ptx.bulk_reads(everything)) > len(ptx.bulk_reads(before)) == len(alone)
 
 
 @compiles
 def test_the_wait_is_looked_for_in_earnest() -> None:
-    code = _compiled(next(name for name in VARIANTS if "-last-nhwc-half" in name), 90).asm["ptx"]
+    code = _ptx(next(name for name in VARIANTS if "-last-nhwc-half" in name))
     without = code.replace("griddepcontrol.wait", "// griddepcontrol.wait")
     assert ptx.writes(ptx.before_the_wait(without)) and ptx.reads_through(ptx.before_the_wait(without), 3)
 
@@ -123,10 +121,6 @@ def _small(sizes: Sequence[tuple[int, int]]) -> Any:
     return _pathway(sizes, [16] * len(sizes), 16)
 
 
-def _grids(driver: no_launch.Driver) -> list[int]:
-    return [grid[0] * grid[1] * grid[2] for _, grid, _ in driver.launched]
-
-
 class _Chip:
     """Places the programs of chained launches on multiprocessors, in the order that CUDA promises and no better.
 
@@ -136,7 +130,7 @@ class _Chip:
     """
 
     def __init__(self, grids: Sequence[int], places: int, choose: random.Random) -> None:
-        self.waiting, self.running, self.begun, self.ended = list(grids), [0] * len(grids), [], []
+        self.waiting, self.ended = list(grids), list[int]()
         self.grids, self.free, self.choose = grids, places, choose
         self.multiplying: list[tuple[float, int]] = []
         self.done_multiplying = [0] * len(grids)
@@ -150,7 +144,6 @@ class _Chip:
             while self.free and self.waiting[launch]:
                 self.free -= 1
                 self.waiting[launch] -= 1
-                self.begun.append(launch)
                 heapq.heappush(self.multiplying, (self.now + self.choose.random(), launch))
 
     def _finish(self) -> None:
@@ -187,7 +180,7 @@ def test_the_chain_ends_on_any_chip(
         monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", processors)
         driver.launched.clear()
         top_down_pathway.top_down_pathway(*_small(sizes), "nearest", 1.0, None)
-        grids = _grids(driver)
+        grids = [math.prod(grid) for _, grid, _ in driver.launched]
         assert len(grids) == len(sizes) and min(grids) > 0
         for resident, seed in itertools.product((1, 2, 8), range(3)):
             chip = _Chip(grids, processors * resident, random.Random(seed))
@@ -282,13 +275,23 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eligibility, "LONGEST_SIDE", 3)
     assert "level 0: a side of 4" in str(eligibility.top_down_pathway(*arguments, "nearest", 1.0, None))
 
-    class OnAmpere:
-        is_cuda, device = True, "cuda:0"
+    class OnGpu:
+        is_cuda = True
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert "9.0" in str(eligibility._overlap_refusal(OnAmpere()))  # type: ignore[arg-type]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert eligibility._overlap_refusal(OnAmpere()) is None  # type: ignore[arg-type]
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    # Numbers of devices that no other test has: what a device can do is remembered.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {98: (8, 6), 99: (9, 0)}[index])
+    assert "9.0" in str(eligibility._overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
+    assert eligibility._overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def hopper() -> None:
+    """A GPU on which launches overlap."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("launches overlap on compute capability 9.0 and later")
 
 
 def _chained(arguments: Any) -> tuple[Tensor, ...]:
@@ -311,11 +314,9 @@ def _one_by_one(arguments: Any) -> list[Tensor]:
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_overlapping_launches_give_the_same_bits(
-    layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch
+    layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch, hopper: None
 ) -> None:
     """Again and again, in memory that was just freed, and poisoned: an early read or write would show now and then."""
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("launches overlap on compute capability 9.0 and later")
     monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"} if descriptors else ()))
     for sizes in (PAPER, [(75, 113), (38, 57), (19, 29), (10, 15)]):
         for _ in range(50):
@@ -328,9 +329,7 @@ def test_overlapping_launches_give_the_same_bits(
 
 
 @pytest.mark.gpu
-def test_a_captured_chain_replays() -> None:
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("launches overlap on compute capability 9.0 and later")
+def test_a_captured_chain_replays(hopper: None) -> None:
     arguments = _pathway(PAPER, [256, 512, 1024, 2048], 256, device="cuda")
     _chained(arguments)
     graph = torch.cuda.CUDAGraph()
@@ -345,9 +344,7 @@ def test_a_captured_chain_replays() -> None:
 
 
 @pytest.mark.gpu
-def test_chains_on_two_streams_at_once() -> None:
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("launches overlap on compute capability 9.0 and later")
+def test_chains_on_two_streams_at_once(hopper: None) -> None:
     calls = [_pathway(PAPER, [256, 512, 1024, 2048], 256, device="cuda") for _ in range(2)]
     expected = [_one_by_one(call) for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]

@@ -92,25 +92,38 @@ def prepare(operator: str, *arguments: Any, check: Callable[..., None], empty: C
     if arguments[0].numel() == 0:
         return Prepared(operator, None, empty)
     backend, explanation = selection.select(operator, arguments)
-    if selection.is_explaining():
+    return _prepare(key, operator, backend, explanation, arguments)
+
+
+def prepare_whole(key: tuple[Any, ...] | None, operator: str, *arguments: Any, composition: str) -> Prepared | None:
+    """What computes an operator that a backend may have as a whole, or None where it is made of others.
+
+    Args:
+        key: the call's likeness, under which it was not recalled.
+        operator: its name.
+        *arguments: the operator's, by position; they have been checked.
+        composition: what it is made of.
+    """
+    backend, explanation = selection.select_whole(operator, arguments, composition)
+    if backend is None and not selection.is_explaining():
+        return None
+    return _prepare(key, operator, backend, explanation, arguments)
+
+
+def _prepare(
+    key: tuple[Any, ...] | None,
+    operator: str,
+    backend: selection.Backend | None,
+    explanation: selection.Explanation,
+    arguments: tuple[Any, ...],
+) -> Prepared:
+    """Has the backend that was selected prepare a call, and remembers it; a call that is being explained ends here."""
+    if backend is None or selection.is_explaining():
         raise selection.Explained(explanation)
     prepared = Prepared(operator, backend.name, backend.implementations[operator].prepare(*arguments))
     if not prepared.transient:
         remember(key, prepared)
     return prepared
-
-
-def prepare_whole(operator: str, *arguments: Any, composition: str) -> Prepared | None:
-    """What computes an operator that a backend may have as a whole, or None where it is made of others.
-
-    The arguments have been checked; whoever asks remembers the answer.
-    """
-    backend, explanation = selection.select_whole(operator, arguments, composition)
-    if selection.is_explaining():
-        raise selection.Explained(explanation)
-    if backend is None:
-        return None
-    return Prepared(operator, backend.name, backend.implementations[operator].prepare(*arguments))
 
 
 def call(operator: str, *arguments: Any, check: Callable[..., None], empty: Callable[..., Any]) -> Any:

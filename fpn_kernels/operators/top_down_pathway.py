@@ -52,11 +52,10 @@ def _kernel(
         if features[0].shape[0] == 0:
             return _fake(features, weights, biases, bias_levels, mode=mode, gain=gain, memory_format=memory_format)
         matrices = [weight.flatten(1) for weight in weights]
+        composition = "one lateral_connection a level"
         known = serving.prepare_whole(
-            "top_down_pathway", features, matrices, placed, *options, composition="one lateral_connection a level"
+            *(key, "top_down_pathway", features, matrices, placed, *options), composition=composition
         )
-        if known is not None and not known.transient:
-            serving.remember(key, known)
     if isinstance(known, serving.Prepared):
         whole: list[Tensor] = known(features, [weight.flatten(1) for weight in weights], placed, *options)
         return whole

@@ -41,13 +41,12 @@ class Measurement:
     """What was measured for one class of calls.
 
     Attributes:
-        operator, dtype, call: the class, as `fastest` was told of it.
+        operator, call: the class, as `fastest` was told of it.
         default: what the heuristics say, a candidate's `repr`.
         milliseconds: the candidates that run, by their `repr`.
     """
 
     operator: str
-    dtype: str
     call: str
     default: str
     milliseconds: Mapping[str, float]
@@ -174,9 +173,7 @@ def fastest(
         answer = _answers[path].get(key)
         if answer not in known:
             times = _times(candidates, run)
-            measurements.append(
-                Measurement(operator, str(tensor.dtype), " ".join(map(str, call)), repr(default), times)
-            )
+            measurements.append(Measurement(operator, " ".join(map(str, call)), repr(default), times))
             known.setdefault(repr(default), default)
             answer = _answers[path][key] = min(times, key=times.__getitem__) if times else repr(default)
             _write(path, key, answer)

@@ -87,9 +87,9 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _capability_refusal(index: int | None) -> str | None:
+def _capability_refusal(index: int | None, least: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    return None if major >= least else f"compute capability {major}.{minor} is below {least}.0"
 
 
 def _tensor_refusal(tensor: Tensor) -> str | None:
@@ -100,7 +100,7 @@ def _tensor_refusal(tensor: Tensor) -> str | None:
         return None if tensor.device.type == "cpu" else f"TRITON_INTERPRET serves CPU tensors, not {tensor.device}"
     if tensor.device.type != "cuda":
         return f"serves CUDA tensors, not {tensor.device.type}"
-    return _capability_refusal(tensor.device.index)
+    return _capability_refusal(tensor.device.index, 8)
 
 
 def _side_refusal(*sides: int) -> str | None:
@@ -171,9 +171,7 @@ def lateral_connection(
 
 def _overlap_refusal(tensor: Tensor) -> str | None:
     """Programmatic dependent launch; the interpreter runs one launch after another, which is as right."""
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] < 9:
-        return "launches overlap on compute capability 9.0 and later"
-    return None
+    return _capability_refusal(tensor.device.index, 9) if tensor.is_cuda else None
 
 
 def top_down_pathway(

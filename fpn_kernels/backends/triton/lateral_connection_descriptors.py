@@ -74,19 +74,6 @@ def plan(
     return run
 
 
-def launch(
-    config: BoxConfig,
-    feature: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    top: Tensor | None,
-    out: Tensor,
-    mode: str,
-    gain: float,
-) -> None:
-    plan(config, feature, weight, bias, top, out, mode)(feature, weight, bias, top, out, gain)
-
-
 def variants() -> Iterator[Variant]:
     """What a launch may compile: every tile in each layout, with a coarse box, with a gathered one, and alone."""
     for (arithmetic, _), config in TABLE.items():
