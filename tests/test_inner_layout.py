@@ -215,15 +215,18 @@ def test_gradients_in_any_layout(dtype: torch.dtype, grad_layout: str, layout: s
         assert error(ours, true) <= 1.5 * error(eager, true) + 4 * rounding(dtype)
 
 
-def test_training_works_in_nhwc_backward_too() -> None:
+@pytest.mark.parametrize("by_adjoint", [False, True], ids=["by ATen's", "by the adjoint"])
+def test_training_works_in_nhwc_backward_too(by_adjoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gradient is copied into the layout of its merged map once, by the fast copy."""
+    monkeypatch.setattr(convolution, "adjoint_is_faster", lambda grad, by_tiles: by_adjoint)
     network = pair()[0].bfloat16()
     x = maps(1, dtype=BF16, grad=True)
     results = list(network(x).values())
     with Layouts() as layouts:
         torch.autograd.grad(results, [*x.values(), *network.parameters()], [torch.randn_like(p) for p in results])
     assert layouts.calls.count(("reorder", NCHW, NHWC)) == 4
-    assert layouts.calls.count(("output_conv", NHWC, NHWC)) == 4
+    assert layouts.calls.count(("output_conv", NHWC, NHWC)) == (4 if by_adjoint else 0)
+    assert {call for call in layouts.calls if call[0] == "output_conv"} <= {("output_conv", NHWC, NHWC)}
     assert {call for call in layouts.calls if call[0] == "lateral_connection"} == {("lateral_connection", NHWC, NCHW)}
 
 

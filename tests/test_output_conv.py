@@ -120,13 +120,32 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
     nhwc = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (grad, feature)]
     if wants_weight and on_cpu and nhwc[0] != nhwc[1]:
         calls.append("reorder")
+    # Among the cases there is no bfloat16 map so large that the adjoint pays without tiles.
+    pays = grad.dtype != torch.bfloat16 or native.multiplies_by_tiles(grad.dtype)
     large = grad.shape[0] * grad.shape[2] * grad.shape[3] >= 2048
-    by_adjoint = wants_feature and (not wants_weight or (on_cpu and large))
+    by_adjoint = wants_feature and (not wants_weight or (on_cpu and large and pays))
     if by_adjoint:
         calls.append("output_conv")
     if wants_weight and (by_adjoint or not wants_feature):
         calls.append("output_conv_backward_weight")
     return calls
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_the_adjoint_is_faster(dtype: torch.dtype, layout: str) -> None:
+    """By what was measured: see `convolution.adjoint_is_faster`."""
+    sizes = {"few": (45, 45), "more": (46, 45), "many": (91, 91)}  # 2,025, 2,070 and 8,281 pixels
+    for by_tiles in (False, True):
+        pays = {
+            name: convolution.adjoint_is_faster(random_map((1, 2, *size), dtype, layout=layout), by_tiles)
+            for name, size in sizes.items()
+        }
+        if dtype != torch.bfloat16 or by_tiles:
+            assert pays == {"few": False, "more": True, "many": True}
+        else:
+            assert pays == {"few": False, "more": False, "many": layout == "nchw"}
+    assert not convolution.adjoint_is_faster(torch.empty(1, 2, 91, 91, dtype=dtype, device="meta"), True)
 
 
 @pytest.mark.parametrize("layouts", list(itertools.product(["nchw", "nhwc"], repeat=2)), ids="-".join)

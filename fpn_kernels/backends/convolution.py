@@ -10,18 +10,24 @@ import functools
 import torch
 from torch import Tensor
 
+from fpn_kernels.backends.layouts import result_format
+
 # Below, what a call costs beside the convolution (a copy, a weight turned about) is not earned back.
 _FEW_PIXELS = 2048
+# From here on what is gained by a layout is more than what else a detour costs.
+_MANY_PIXELS = 8192
 
 
-def is_large(feature: Tensor) -> bool:
-    """Whether a map (or its gradient) has pixels enough for a choice of its layout to pay.
+def is_large(feature: Tensor, least: int | None = None) -> bool:
+    """Whether a map (or its gradient) has pixels enough, `_FEW_PIXELS` unless told otherwise, for a choice to pay.
 
     While a graph is made every map counts as large, so that no size becomes a condition of the graph.
     """
     pixels = feature.shape[0] * feature.shape[2] * feature.shape[3]
     # torch 2.11 traces a backward without `is_compiling`.
-    return torch.compiler.is_compiling() or isinstance(pixels, torch.SymInt) or pixels >= _FEW_PIXELS
+    if torch.compiler.is_compiling() or isinstance(pixels, torch.SymInt):
+        return True
+    return pixels >= (_FEW_PIXELS if least is None else least)
 
 
 def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
@@ -34,13 +40,24 @@ def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     return torch.channels_last if (device_type, dtype) == ("cpu", torch.bfloat16) else torch.preserve_format
 
 
-def adjoint_is_faster(grad: Tensor) -> bool:
+def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
     """Whether the gradient of the feature comes sooner from the convolution with the adjoint weight than from ATen's.
 
-    bfloat16 at 100 x 160 pixels: 83 in NHWC and 87 in NCHW, ATen's 96; at 25 x 40 6.1 and 5.5, for the weight has to be
-    turned about (0.5).  float32 at 50 x 80: 42.4 and 43.1; at 25 x 40 11.2 and 10.8.  Unknown on other devices: no.
+    Of both gradients, by the adjoint against ATen's.  float32 on Zen 4 at 50 x 80 pixels: 42.4 and 43.1; at 25 x 40
+    11.2 and 10.8, for the weight has to be turned about (0.5).  bfloat16 without tiles gains only where ATen's would
+    change the layout, on large maps.  On two cores of Zen 4 in NCHW 216 and 233 at 150 x 225, 88 and 93 at 100 x 160,
+    47 and 49 at 75 x 113, but 25.1 and 23.8 at 50 x 80; in NHWC 203 and 199, 90 and 88, 47.0 and 45.9, 23.5 and 22.5.
+    Unknown on other devices: no.
+
+    Args:
+        grad: the gradient of the convolution's result.
+        by_tiles: whether bfloat16 is multiplied by AMX tiles.
     """
-    return grad.device.type == "cpu" and is_large(grad)
+    if grad.device.type != "cpu":
+        return False
+    if grad.dtype != torch.bfloat16 or by_tiles:
+        return is_large(grad)
+    return result_format(grad) == torch.contiguous_format and is_large(grad, _MANY_PIXELS)
 
 
 def gradients(

@@ -153,8 +153,12 @@ def _accumulate(
             torch.addmm(start_value, left, right, alpha=gain, out=target)
 
 
-def _multiplies_by_tiles(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and bool(torch.ops.fpn_kernels_native.multiplies_by_tiles.default())
+@functools.cache
+def multiplies_by_tiles(dtype: torch.dtype) -> bool:
+    """Whether the library multiplies maps of this dtype by AMX tiles on this CPU."""
+    if dtype != torch.bfloat16 or load_error() is not None:
+        return False
+    return bool(torch.ops.fpn_kernels_native.multiplies_by_tiles.default())
 
 
 def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format, has_top: bool) -> bool:
@@ -203,7 +207,7 @@ def lateral_connection(
     by_convolution = _convolution_is_faster(feature, out_format, top is not None)
     # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy included,
     # where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
-    turns_top = top is not None and top.stride(1) != 1 and not by_convolution and _multiplies_by_tiles(feature.dtype)
+    turns_top = top is not None and top.stride(1) != 1 and not by_convolution and multiplies_by_tiles(feature.dtype)
     declined = False  # by the library, which goes by what calls alike have in common
     no_bias = torch.zeros(weight.shape[0]) if bias is None else None
     connect = torch.ops.fpn_kernels_native.lateral_connection.default
@@ -277,7 +281,7 @@ def output_conv(
     """
     out_format = requested_format(feature, memory_format)
     shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
-    by_tiles = _multiplies_by_tiles(feature.dtype)
+    by_tiles = multiplies_by_tiles(feature.dtype)
     own = by_tiles or feature.dtype in (torch.float32, torch.float16)
     # The tiles' own copy takes twice as long: a block's share of a channel is short.
     turns = by_tiles and convolution.is_large(feature)
@@ -316,7 +320,7 @@ def output_conv_backward_weight(
     Not served by the library are also maps of which a value is not finite (the tiles multiply the zeros around the
     maps), very wide ones, and few channels on many threads.
     """
-    if not _multiplies_by_tiles(grad.dtype):
+    if not multiplies_by_tiles(grad.dtype):
         return convolution.gradient_of_weight
     shape, channels = (grad.shape[1], feature.shape[1], 3, 3), grad.shape[1] if wants_bias else 0
     by_tiles = torch.ops.fpn_kernels_native.output_conv_backward_weight.default

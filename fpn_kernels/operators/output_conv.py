@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import convolution, serving
+from fpn_kernels.backends import convolution, native, serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_output_conv
+
+# Layouts of a map and of a weight.
+Formats = tuple[torch.memory_format, torch.memory_format]
 
 
 def _allocate(
@@ -40,32 +44,50 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
     feature, weight, _ = inputs
     wants_feature, wants_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(feature if wants_weight else None, weight if wants_feature else None)
-    ctx.feature_format, ctx.weight_format = result_format(feature), result_format(weight)
+    ctx.formats = result_format(feature), result_format(weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    wants_feature, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    feature, weight = ctx.saved_tensors
+def gradients(
+    grad: Tensor, feature: Tensor | None, weight: Tensor | None, wants: Sequence[bool], formats: Formats
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the convolution owes to its feature, its weight and its bias, of which some are wanted.  Differentiable.
+
+    Args:
+        grad: the gradient of its result.
+        feature: None where the weight's gradient is not wanted.
+        weight: None where the feature's is not.
+        wants: which of the three are wanted.
+        formats: the layouts of the feature and of the weight, for their gradients.
+    """
+    wants_feature, wants_weight, wants_bias = wants
+    feature_format, weight_format = formats
     grad_feature = grad_weight = grad_bias = None
-    if wants_weight and grad.device.type == "cpu" and result_format(grad) != ctx.feature_format:
+    if wants_weight and grad.device.type == "cpu" and result_format(grad) != feature_format:
         # One fast copy for both products: ATen's gradient of the weight from maps of two layouts took 1.1 to 1.2 times
         # as long as from maps of one (Zen 4, 256 channels, bfloat16 and float32).
-        grad = direct.operators(grad).reorder(grad, memory_format=ctx.feature_format)
-    by_adjoint = wants_feature and (not wants_weight or convolution.adjoint_is_faster(grad))
+        grad = direct.operators(grad).reorder(grad, memory_format=feature_format)
+    by_tiles = native.multiplies_by_tiles(grad.dtype)
+    by_adjoint = wants_feature and (not wants_weight or convolution.adjoint_is_faster(grad, by_tiles))
     if by_adjoint:
+        assert weight is not None
         # The adjoint of a 3x3 convolution with padding 1 is the one with the weight turned about and transposed.
         adjoint = weight.flip(2, 3).transpose(0, 1)
         convolve = direct.operators(grad, adjoint).output_conv
-        grad_feature = convolve(grad, adjoint, None, memory_format=ctx.feature_format)
+        grad_feature = convolve(grad, adjoint, None, memory_format=feature_format)
     if not wants_weight:
         grad_bias = sum_per_channel(grad, 1.0) if wants_bias else None
-    elif wants_feature and not by_adjoint:
-        grad_feature, grad_weight, grad_bias = convolution.gradients(grad, feature, weight, wants_bias)
-    else:
-        of_weight = direct.operators(grad, feature).output_conv_backward_weight
-        grad_weight, bias = of_weight(grad, feature, wants_bias=wants_bias, memory_format=ctx.weight_format)
-        grad_bias = bias if wants_bias else None
-    return grad_feature, grad_weight, grad_bias
+        return grad_feature, None, grad_bias
+    assert feature is not None
+    if wants_feature and not by_adjoint:
+        return convolution.gradients(grad, feature, weight, wants_bias)
+    of_weight = direct.operators(grad, feature).output_conv_backward_weight
+    grad_weight, grad_bias = of_weight(grad, feature, wants_bias=wants_bias, memory_format=weight_format)
+    return grad_feature, grad_weight, grad_bias if wants_bias else None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    feature, weight = ctx.saved_tensors
+    return gradients(grad, feature, weight, ctx.needs_input_grad[:3], ctx.formats)
 
 
 _NAME = registration.define(
