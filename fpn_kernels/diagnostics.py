@@ -17,7 +17,7 @@ from fpn_kernels.version import __version__
 OPERATORS = (
     *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
     *("top_down_pathway", "weighted_merge", "weighted_merge_backward"),
-    *("output_conv", "output_conv_backward_weight", "reorder"),
+    *("output_conv", "output_conv_levels", "output_conv_backward_weight", "reorder"),
 )
 
 # Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
@@ -81,6 +81,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
     top = torch.zeros(1, 8, 2, 2, device=device, dtype=dtype)
     fine = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
     weight = torch.zeros(8, 8, device=device, dtype=dtype)
+    taps = torch.zeros(8, 8, 3, 3, device=device, dtype=dtype)
     return {
         "upsample_add": ((top, fine), {}),
         "upsample_add_backward": ((fine, (2, 2)), {}),
@@ -89,7 +90,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
         "top_down_pathway": (((fine, top), (weight, weight)), {}),
         "weighted_merge": (((fine, top), torch.ones(2, device=device)), {}),
         "weighted_merge_backward": ((fine, fine, torch.ones((), device=device)), {}),
-        "output_conv": ((fine, weight[:, :, None, None].expand(8, 8, 3, 3)), {}),
+        "output_conv": ((fine, taps), {}),
+        "output_conv_levels": (((fine, top), (taps, taps)), {}),
         "output_conv_backward_weight": ((fine, fine), {}),
         "reorder": ((fine,), {"memory_format": torch.channels_last}),
     }

@@ -190,6 +190,46 @@ def output_conv(
     return result
 
 
+def output_conv_levels(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> tuple[Tensor, ...]:
+    """`output_conv` of every level of a pyramid, each with its own weight and bias: of one launch, where that serves.
+
+    Where autograd records the call, each level is a call of its own: what one node keeps for its backward is kept
+    until all of it has run, and the merged maps would be held a whole backward longer (a compiler frees each in time).
+
+    Args:
+        features: the merged maps ``[N_l, Cin_l, H_l, W_l]`` of one dtype and device.
+        weights: one ``[Cout_l, Cin_l, 3, 3]`` a level.
+        biases: one ``[Cout_l]`` or None a level; or None for no bias at all.
+        memory_format: layout of every result, as in `output_conv`.
+
+    Returns:
+        One ``[N_l, Cout_l, H_l, W_l]`` a level: the numbers of `output_conv`, where a backend has it as a whole but
+        for the order of its sums.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype (the message names the level).
+        ValueError: a shape, a device or `memory_format` does not fit; or a forced backend cannot serve a level.
+    """
+    _require_memory_format(memory_format)
+    _require_levels("features", features)
+    _require_levels("weights", weights)
+    given, levels = _present(biases, len(features))
+    tensors = (*features, *weights, *given)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        each = zip(features, weights, biases or [None] * len(features), strict=True)
+        return tuple(output_conv(*level, memory_format=memory_format) for level in each)
+    results: list[Tensor] = _operators(*tensors).output_conv_levels(
+        list(features), list(weights), given, levels, memory_format=memory_format
+    )
+    return tuple(results)
+
+
 def output_conv_format(feature: Tensor) -> torch.memory_format:
     """The layout of a merged map in which `output_conv` is fastest on this machine, whatever its result's layout.
 
@@ -237,6 +277,17 @@ def _require_levels(name: str, values: object, *, optional: bool = False) -> Non
         _require_tensor(f"{name}[{level}]", value, optional=optional)
 
 
+def _present(biases: Sequence[Tensor | None] | None, count: int) -> tuple[list[Tensor], list[int]]:
+    """The biases that there are, and their levels."""
+    if biases is None:
+        return [], []
+    _require_levels("biases", biases, optional=True)
+    if len(biases) != count:
+        raise ValueError(f"biases: expected one a level, {count}, got {len(biases)}")
+    present = [(level, bias) for level, bias in enumerate(biases) if bias is not None]
+    return [bias for _, bias in present], [level for level, _ in present]
+
+
 def top_down_pathway(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -282,16 +333,12 @@ def top_down_pathway(
     _require_memory_format(memory_format)
     _require_levels("features", features)
     _require_levels("weights", weights)
-    if biases is not None:
-        _require_levels("biases", biases, optional=True)
-    if biases is not None and len(biases) != len(features):
-        raise ValueError(f"biases: expected one a level, {len(features)}, got {len(biases)}")
-    present = [(level, bias) for level, bias in enumerate(biases or ()) if bias is not None]
-    merged: list[Tensor] = _operators(*features, *weights, *(biases or ())).top_down_pathway(
+    given, levels = _present(biases, len(features))
+    merged: list[Tensor] = _operators(*features, *weights, *given).top_down_pathway(
         list(features),
         list(weights),
-        [bias for _, bias in present],
-        [level for level, _ in present],
+        given,
+        levels,
         mode=mode,
         gain=float(gain),
         memory_format=memory_format,
@@ -368,3 +415,4 @@ def weighted_merge(
 
 diagnostics.PUBLIC["weighted_merge"] = weighted_merge
 diagnostics.PUBLIC["top_down_pathway"] = top_down_pathway
+diagnostics.PUBLIC["output_conv_levels"] = output_conv_levels

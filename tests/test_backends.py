@@ -259,6 +259,7 @@ def test_the_operators_appear_once() -> None:
         "weighted_merge",
         "weighted_merge_backward",
         "output_conv",
+        "output_conv_levels",
         "output_conv_backward_weight",
         "reorder",
     }

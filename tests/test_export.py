@@ -154,7 +154,9 @@ def test_a_decomposed_program_gives_the_pyramid_and_its_gradients(mode: str, dyn
 
 def test_a_program_that_is_not_decomposed_keeps_the_operators() -> None:
     program = _exported(exporting.neck(), (exporting.features(),), dynamic=True)
-    assert _own_operators(program) == {f"fpn_kernels.{name}.default" for name in ("top_down_pathway", "output_conv")}
+    assert _own_operators(program) == {
+        f"fpn_kernels.{name}.default" for name in ("top_down_pathway", "output_conv_levels")
+    }
     # Blocks that run as modules: the merges alone are the library's.
     normed = _decomposed(exporting.neck(norm_layer=group_norm), (exporting.features(),), dynamic=False)
     kinds = {str(node.target) for node in normed.graph.nodes}

@@ -299,7 +299,7 @@ def test_compiles_without_a_graph_break_and_exports(norm_layer: Any) -> None:
     operator = "upsample_add" if norm_layer is group_norm else "top_down_pathway"
     called = [str(node.target) for node in program.graph.nodes if "fpn_kernels" in str(node.target)]
     assert called.count(f"fpn_kernels.{operator}.default") == (3 if norm_layer is group_norm else 1)
-    assert called.count("fpn_kernels.output_conv.default") == (0 if norm_layer is group_norm else 4)
+    assert called.count("fpn_kernels.output_conv_levels.default") == (0 if norm_layer is group_norm else 1)
     assert_same(program.module()(x), twin(x))
 
 

@@ -40,6 +40,9 @@ class Layouts(TorchDispatchMode):
             # The lateral connections that it is made of, from the coarsest level on.
             levels = zip(reversed(args[0]), reversed(result), strict=True)
             self.calls += [("lateral_connection", result_format(f), result_format(m)) for f, m in levels]
+        elif func.namespace == "fpn_kernels" and func._opname == "output_conv_levels":
+            levels = zip(args[0], result, strict=True)
+            self.calls += [("output_conv", result_format(m), result_format(p)) for m, p in levels]
         elif func.namespace == "fpn_kernels":
             first = result if isinstance(result, Tensor) else result[0]
             self.calls.append((func._opname, result_format(args[0]), result_format(first)))
@@ -155,7 +158,7 @@ def test_a_block_that_runs_as_a_module_gets_the_callers_layout() -> None:
     x = maps(dtype=BF16)
     laterals, outputs = _expected([NCHW] * 4, NHWC)[:4], _expected([NCHW] * 4, NHWC)[4:]
     copied = ("reorder", NHWC, NCHW)
-    assert _calls(network, x) == [*laterals, outputs[0], copied, outputs[2], copied]
+    assert _calls(network, x) == [*laterals, outputs[0], outputs[2], copied, copied]
     with torch.no_grad():
         actual, eager = network(x), twin(x)
     for name, value in eager.items():

@@ -50,14 +50,35 @@ def pyramid(
         memory_format=functional.output_conv_format(features[0]) if some else torch.preserve_format,
         find_parameters=find_parameters,
     )
-    results: list[Tensor] = []
-    for block, parameters, level, feature in zip(output_blocks, outputs, merged, features, strict=False):
-        if parameters is not None:
-            results.append(functional.output_conv(level, *parameters, memory_format=result_format(feature)))
-        else:
-            # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
-            results.append(block(in_layout_of(feature, level)))
-    return merged, results
+    convolved = _output_maps(features, merged, outputs)
+    # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
+    return merged, [
+        block(in_layout_of(feature, level)) if output is None else output
+        for block, feature, level, output in zip(output_blocks, features, merged, convolved, strict=False)
+    ]
+
+
+def _output_maps(
+    features: Sequence[Tensor], merged: Sequence[Tensor], outputs: Sequence[Parameters | None]
+) -> list[Tensor | None]:
+    """The output map of each level whose block has parameters, in the layout of its feature; None for the others."""
+    results: list[Tensor | None] = [None] * len(outputs)
+    levels = {level: parameters for level, parameters in enumerate(outputs) if parameters is not None}
+    formats = [result_format(features[level]) for level in levels]
+    alike = {(memory_format, merged[level].dtype) for memory_format, level in zip(formats, levels, strict=True)}
+    if len(alike) == 1:
+        weights, biases = zip(*levels.values(), strict=True)
+        computed = functional.output_conv_levels(
+            [merged[level] for level in levels], weights, biases, memory_format=formats[0]
+        )
+    else:
+        computed = tuple(
+            functional.output_conv(merged[level], *parameters, memory_format=memory_format)
+            for (level, parameters), memory_format in zip(levels.items(), formats, strict=True)
+        )
+    for level, result in zip(levels, computed, strict=True):
+        results[level] = result
+    return results
 
 
 def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:

@@ -67,6 +67,21 @@ def check_output_conv(
     check_pointwise("feature", feature, "weight", weight, "bias", bias, kernel_size=3)
 
 
+def check_output_conv_levels(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    memory_format: torch.memory_format | None,
+) -> None:
+    """Every level before the first is computed, with the level in the argument's name."""
+    check_memory_format(memory_format)
+    _check_levels(features, weights, biases)
+    for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
+        name = f"features[{level}]"
+        check_pointwise(name, feature, f"weights[{level}]", weight, f"biases[{level}]", bias, kernel_size=3)
+        check_alike(name, feature, "features[0]", features[0])
+
+
 def check_output_conv_backward_weight(grad: Tensor, feature: Tensor, memory_format: torch.memory_format | None) -> None:
     check_memory_format(memory_format)
     check_map("grad", grad)
@@ -222,6 +237,15 @@ def check_pointwise(
         raise ValueError(f"{bias_name}: expected the shape [{weight.shape[0]}], got {_shape(bias)}")
 
 
+def _check_levels(features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """At least one level, and one of each."""
+    if len(features) == 0:
+        raise ValueError("features: expected at least one map, got none")
+    for name, values in (("weights", weights), ("biases", biases)):
+        if len(values) != len(features):
+            raise ValueError(f"{name}: expected one a level, {len(features)}, got {len(values)}")
+
+
 def check_pathway(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -232,11 +256,7 @@ def check_pathway(
     """Every level before the first is computed, with the level in the argument's name."""
     check_mode(mode)
     check_memory_format(memory_format)
-    if len(features) == 0:
-        raise ValueError("features: expected at least one map, got none")
-    for name, values in (("weights", weights), ("biases", biases)):
-        if len(values) != len(features):
-            raise ValueError(f"{name}: expected one a level, {len(features)}, got {len(values)}")
+    _check_levels(features, weights, biases)
     for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
         name = f"features[{level}]"
         check_pointwise(name, feature, f"weights[{level}]", weight, f"biases[{level}]", bias)

@@ -23,12 +23,14 @@ from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import (
     check_lateral_connection,
     check_output_conv,
+    check_output_conv_levels,
     check_pathway,
     check_reorder,
     check_upsample_add,
     check_weighted_merge,
     sum_dtype,
 )
+from fpn_kernels.operators.levels import by_level
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -125,9 +127,7 @@ def top_down_pathway(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
-    placed: list[Tensor | None] = [None] * len(features)
-    for bias, level in zip(biases, bias_levels, strict=True):
-        placed[level] = bias
+    placed = by_level(biases, bias_levels, len(features))
     check_pathway(features, weights, placed, mode, memory_format)
     merged: list[Tensor] = []
     top: Tensor | None = None
@@ -144,6 +144,20 @@ def output_conv(
     check_output_conv(feature, weight, bias, memory_format)
     result = F.conv2d(feature, weight, bias, padding=1)
     return result.contiguous(memory_format=requested_format(feature, memory_format))
+
+
+@_after_autocast
+def output_conv_levels(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_levels: Sequence[int],
+    *,
+    memory_format: torch.memory_format | None = None,
+) -> list[Tensor]:
+    placed = by_level(biases, bias_levels, len(features))
+    check_output_conv_levels(features, weights, placed, memory_format)
+    return [output_conv(*level, memory_format=memory_format) for level in zip(features, weights, placed, strict=True)]
 
 
 def reorder(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
@@ -201,6 +215,7 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
         operators.upsample_add.default: upsample_add,
         operators.lateral_connection.default: lateral_connection,
         operators.output_conv.default: output_conv,
+        operators.output_conv_levels.default: output_conv_levels,
         operators.reorder.default: reorder,
         operators.top_down_pathway.default: top_down_pathway,
         operators.weighted_merge.default: weighted_merge,

@@ -84,11 +84,16 @@ def _nested(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
 
 
 def differentiable(
-    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+    name: str,
+    kernel: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    recorded: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """The operator as an `autograd.Function`, of what `torch.library.register_autograd` is given.
 
-    Lists of tensors are handed to autograd one by one, and put together again for the formula.
+    Lists of tensors are handed to autograd one by one, and put together again for the formula.  `recorded` is as in
+    `registration.differentiable`.
     """
     defaults = kernel.__kwdefaults__ or {}
     has_keywords = kernel.__code__.co_kwonlyargcount > 0
@@ -124,6 +129,9 @@ def differentiable(
     function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any, **keywords: Any) -> Any:
+        result = None if recorded is None else recorded(*inputs, **keywords)
+        if result is not None:
+            return result
         counts = [len(each) if isinstance(each, list) else None for each in inputs]
         return function.apply(*_flat(inputs), {**defaults, **keywords}, counts)
 

@@ -30,12 +30,24 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return qualified
 
 
-def differentiable(qualified: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Registers the autograd formula of an operator."""
+def differentiable(
+    qualified: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    recorded: Callable[..., Any] | None = None,
+) -> None:
+    """Registers the autograd formula of an operator.
+
+    Args:
+        qualified: what `define` returned.
+        backward, setup_context: as for `torch.library.register_autograd`.
+        recorded: computes the operator by operators of PyTorch's that autograd records by itself, or returns None; it
+            is asked where a call goes past the dispatcher and some tensor asks for a gradient.
+    """
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     name = qualified.split("::")[1]
     kernel = getattr(direct.KERNELS, name)
-    setattr(direct.DIFFERENTIABLE, name, direct.differentiable(name, kernel, backward, setup_context))
+    setattr(direct.DIFFERENTIABLE, name, direct.differentiable(name, kernel, backward, setup_context, recorded))
 
 
 def autocast(qualified: str, maps: int | None = None) -> None:

@@ -6,6 +6,8 @@ from its own output: another pass over both.  Here `merge_backward` adds it wher
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,21 +17,17 @@ from torch import Tensor
 from fpn_kernels.backends import serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.operators import direct, registration
+from fpn_kernels.operators import direct, levels, registration
 from fpn_kernels.operators.checks import check_pathway
-from fpn_kernels.operators.lateral_connection import aligned, feature_gradient, prepare, weight_gradient
+from fpn_kernels.operators.lateral_connection import (
+    aligned,
+    feature_gradient,
+    merge_gradients,
+    prepare,
+    weight_gradient,
+)
 
-
-def _by_level(biases: Sequence[Tensor], levels: Sequence[int], count: int) -> list[Tensor | None]:
-    """One bias or None a level."""
-    if len(biases) != len(levels):
-        raise ValueError(f"bias_levels: expected one a bias, {len(biases)}, got {list(levels)}")
-    placed: list[Tensor | None] = [None] * count
-    for bias, level in zip(biases, levels, strict=True):
-        if not 0 <= level < count:
-            raise ValueError(f"bias_levels: expected levels below {count}, got {list(levels)}")
-        placed[level] = bias
-    return placed
+_EACH_ALONE = contextlib.nullcontext()
 
 
 def _kernel(
@@ -46,7 +44,7 @@ def _kernel(
     arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, *options)
     key = serving.likeness("top_down_pathway", arguments) if features else None
     known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
-    placed = _by_level(biases, bias_levels, len(features))
+    placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
         check_pathway(features, weights, placed, mode, memory_format)
         if features[0].shape[0] == 0:
@@ -80,8 +78,8 @@ def _level_by_level(
         top = connection(feature, weight.flatten(1), bias, top, *options)
         prepared.append(connection)
         merged.append(top)
-    if connections is None and not any(connection.transient for connection in prepared):
-        serving.remember(key, prepared[::-1])
+    if connections is None:
+        levels.remember(key, prepared[::-1])
     return merged[::-1]
 
 
@@ -95,7 +93,7 @@ def _fake(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
-    check_pathway(features, weights, _by_level(biases, bias_levels, len(features)), mode, memory_format)
+    check_pathway(features, weights, levels.by_level(biases, bias_levels, len(features)), mode, memory_format)
     return [
         allocate((f.shape[0], w.shape[0], *f.shape[2:]), f, requested_format(f, memory_format))
         for f, w in zip(features, weights, strict=True)
@@ -118,19 +116,6 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
     ctx.set_materialize_grads(False)
 
 
-def _merge_gradient(
-    ctx: Any, grad: Tensor, own: Tensor | None, level: int, wants_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The whole gradient of the next coarser merged map, and that of this level's bias."""
-    options = {"mode": ctx.mode, "gain": ctx.gain}
-    size = ctx.sizes[level + 1]
-    if wants_bias:
-        result: tuple[Tensor, Tensor] = direct.operators(grad, own).merge_backward(grad, size, own, **options)
-        return result
-    grad_top = direct.operators(grad).upsample_add_backward(grad, size, **options)
-    return grad_top if own is None else grad_top + own, None
-
-
 def _backward(
     ctx: Any, grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None], list[None] | None]:
@@ -141,32 +126,68 @@ def _backward(
         wants_biases[level] = wants
     # Read once: activation checkpointing computes what was saved anew, for one reading.
     saved = ctx.saved_tensors
+    wanted = (wants_features, wants_weights, wants_biases)
+    # What comes in between is as these are.
+    operators = direct.operators(*(grad for grad in grads if grad is not None), *saved)
+    with serving.together(_likeness(ctx, grads, saved, wanted)) if operators is direct.KERNELS else _EACH_ALONE:
+        of_features, of_weights, of_biases = _gradients(ctx, operators, grads, saved, wanted)
+    # An empty list counts as one of tensors, and its gradient is an empty list.
+    nothing: list[None] | None = None if ctx.bias_levels else []
+    return of_features, of_weights, [of_biases[level] for level in ctx.bias_levels], nothing
+
+
+def _likeness(
+    ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Tensor | None], wanted: tuple[list[bool], ...]
+) -> tuple[Any, ...] | None:
+    """All that the calls of a backward go by."""
+    if grads[0] is None:
+        return None
+    weights = saved[len(grads) :]
+    settings = (ctx.mode, ctx.gain, *ctx.formats, *ctx.sizes, *itertools.chain(*wanted))
+    return serving.likeness("top_down_pathway_backward", (*grads, *weights, *settings))
+
+
+def _gradients(
+    ctx: Any,
+    operators: Any,
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    wanted: tuple[list[bool], ...],
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Of each level's feature, weight and bias, from the finest level to the coarsest."""
+    count = len(grads)
     features, weights = saved[:count], saved[count:]
-    grad_features: list[Tensor | None] = [None] * count
-    grad_weights: list[Tensor | None] = [None] * count
-    grad_biases: list[Tensor | None] = [None] * count
+    wants_features, wants_weights, wants_biases = wanted
+    of_features: list[Tensor | None] = [None] * count
+    of_weights: list[Tensor | None] = [None] * count
+    of_biases: list[Tensor | None] = [None] * count
+    options = {"mode": ctx.mode, "gain": ctx.gain}
     grad = grads[0]
     for level in range(count):
         last = level == count - 1
         coarser = level + 1
-        wants_top = any(any(wants[coarser:]) for wants in (wants_features, wants_weights, wants_biases))
         carried = None if last else grads[coarser]
         if grad is not None:
             gain = 1.0 if last else ctx.gain
-            if wants_top:
-                carried, grad_biases[level] = _merge_gradient(ctx, grad, carried, level, wants_biases[level])
-            elif wants_biases[level]:
-                grad_biases[level] = sum_per_channel(grad, gain)
+            wants_bias = wants_biases[level]
+            if any(any(wants[coarser:]) for wants in wanted):
+                carried, of_biases[level] = merge_gradients(
+                    operators, grad, ctx.sizes[coarser], carried, wants_bias, options
+                )
+                wants_bias = False
+            feature, weight = features[level], weights[level]
             if wants_features[level] or wants_weights[level]:
-                grad = aligned(grad, ctx.formats[level])
-            if wants_features[level]:
-                grad_features[level] = feature_gradient(grad, weights[level], gain, ctx.formats[level])
-            if wants_weights[level]:
-                grad_weights[level] = weight_gradient(grad, features[level], ctx.weight_shapes[level], gain)
+                grad = aligned(operators, grad, ctx.formats[level])
+            if weight is not None:
+                of_features[level] = feature_gradient(operators, grad, weight, gain, ctx.formats[level])
+            if feature is not None:
+                shape = ctx.weight_shapes[level]
+                of_weights[level], bias = weight_gradient(grad, feature, shape, gain, wants_bias)
+                of_biases[level] = bias if wants_bias else of_biases[level]
+            elif wants_bias:
+                of_biases[level] = sum_per_channel(grad, gain)
         grad = carried
-    # An empty list counts as one of tensors, and its gradient is an empty list.
-    levels: list[None] | None = None if ctx.bias_levels else []
-    return grad_features, grad_weights, [grad_biases[level] for level in ctx.bias_levels], levels
+    return of_features, of_weights, of_biases
 
 
 _NAME = registration.define(

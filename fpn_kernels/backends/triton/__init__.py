@@ -31,14 +31,18 @@ from typing import Any
 from fpn_kernels.backends.selection import Backend, Implementation
 from fpn_kernels.backends.triton import eligibility
 
+# Where an operator's file has the name of another.
+_FILES = {"output_conv_levels": "output_conv"}
+
 
 def _at_first_launch(operator: str) -> Callable[..., Any]:
-    """`prepare` of the operator's file."""
+    """`prepare` of the operator, from its file."""
     kernels: list[Callable[..., Any]] = []
 
     def prepare(*arguments: Any) -> Any:
         if not kernels:
-            kernels.append(getattr(importlib.import_module(f"{__name__}.{operator}"), operator).prepare)
+            file = importlib.import_module(f"{__name__}.{_FILES.get(operator, operator)}")
+            kernels.append(getattr(file, operator).prepare)
         run = kernels[0](*arguments)
         if importlib.import_module(f"{__name__}.autotune").put_off():
             run.transient = True
@@ -60,6 +64,7 @@ BACKEND = Backend(
             ("weighted_merge", eligibility.weighted_merge, None),
             ("weighted_merge_backward", eligibility.weighted_merge_backward, None),
             ("output_conv", eligibility.output_conv, "nobody has measured it against cuDNN yet"),
+            ("output_conv_levels", eligibility.output_conv_levels, "nobody has measured it against cuDNN yet"),
             (
                 *("top_down_pathway", eligibility.top_down_pathway),
                 "nobody has measured it against launches that do not overlap yet",
