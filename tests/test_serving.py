@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,116 @@ def test_what_is_transient_is_prepared_each_time(counting: _Counting) -> None:
     counting.transient = True
     for number in (1.0, 2.0):
         assert fpn_kernels.upsample_add(*_maps()).unique().tolist() == [number]
+
+
+# ---------------------------------------------------------------------------------------- calls of one formula
+
+
+def _twice_together(key: object) -> list[Tensor]:
+    with serving.together((key,)):
+        return [fpn_kernels.upsample_add(*_maps()), fpn_kernels.upsample_add(*_maps(layout="nhwc"))]
+
+
+def test_calls_of_a_formula_are_recalled_by_their_place(counting: _Counting) -> None:
+    numbers = [[each.unique().item() for each in _twice_together("a")] for _ in range(3)]
+    assert numbers == [[1.0, 2.0]] * 3 and (counting.prepared, counting.computed) == (2, 6)
+    serving.forget()
+    assert [each.unique().item() for each in _twice_together("a")] == [3.0, 4.0]
+    # Outside, and under another key, each is recalled by its own likeness.
+    assert fpn_kernels.upsample_add(*_maps(layout="nhwc")).unique().item() == 4.0
+    assert [each.unique().item() for each in _twice_together("b")] == [3.0, 4.0]
+
+
+def test_a_formula_with_a_transient_call_is_not_remembered(counting: _Counting) -> None:
+    counting.transient = True
+    for expected in ([1.0, 2.0], [3.0, 4.0]):
+        assert [each.unique().item() for each in _twice_together("a")] == expected
+
+
+def test_a_formula_that_failed_is_not_remembered(counting: _Counting) -> None:
+    top, lateral = _maps()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mode"), serving.together(("a",)):
+            fpn_kernels.upsample_add(top, lateral)
+            torch.ops.fpn_kernels.upsample_add(top, lateral, mode="cubic")
+    with serving.together(("a",)):
+        fpn_kernels.upsample_add(top, lateral)
+    assert serving.recall(("a",)) is not None and counting.prepared == 1
+
+
+def test_a_call_in_anothers_place_is_an_error_and_not_a_wrong_result() -> None:
+    top, lateral = _maps()
+    with serving.together(("a",)):
+        fpn_kernels.upsample_add(top, lateral)
+    with pytest.raises(AssertionError, match="output_conv in the place of upsample_add"), serving.together(("a",)):
+        fpn_kernels.output_conv(lateral, torch.ones(4, 4, 3, 3))
+    assert torch.equal(fpn_kernels.upsample_add(top, lateral), reference.upsample_add(top, lateral))
+
+
+def test_other_threads_have_their_own(counting: _Counting) -> None:
+    """Autograd runs the formulas of several devices at once."""
+    with serving.together(("a",)):
+        fpn_kernels.upsample_add(*_maps())
+        thread = threading.Thread(target=lambda: [fpn_kernels.upsample_add(*_maps()) for _ in range(3)])
+        thread.start()
+        thread.join()
+    assert [each.operator for each in serving.recall(("a",))] == ["upsample_add"]
+
+
+def _pathway_gradients(
+    grads: list[Tensor | None], wanted: tuple[bool, bool, bool] = (True, True, True), **options: Any
+) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    groups = [
+        [values(2, 3, 8, 6), values(2, 5, 4, 3), values(2, 2, 2, 2)],
+        [values(4, channels, 1, 1) for channels in (3, 5, 2)],
+        [values(4) for _ in range(3)],
+    ]
+    leaves = [t.requires_grad_() for group, wants in zip(groups, wanted, strict=True) if wants for t in group]
+    merged = fpn_kernels.top_down_pathway(*groups, **options)
+    used = [(m, g) for m, g in zip(merged, grads, strict=True) if g is not None]
+    return list(torch.autograd.grad([m for m, _ in used], leaves, [g for _, g in used], allow_unused=True))
+
+
+def test_what_is_remembered_of_a_backward_serves_only_its_like() -> None:
+    """Each in turn, twice: as computed with nothing remembered."""
+    nchw = [torch.randn(2, 4, *size) for size in ((8, 6), (4, 3), (2, 2))]
+    nhwc = [grad.contiguous(memory_format=torch.channels_last) for grad in nchw]
+    cases: list[Callable[[], list[Tensor | None]]] = [
+        lambda: _pathway_gradients(nchw),
+        lambda: _pathway_gradients(nhwc),
+        lambda: _pathway_gradients([nchw[0], nhwc[1], nchw[2]]),
+        lambda: _pathway_gradients([None, nchw[1], nchw[2]]),
+        lambda: _pathway_gradients([nchw[0], None, nchw[2]]),
+        lambda: _pathway_gradients([nchw[0], None, None]),
+        lambda: _pathway_gradients(nchw, (True, False, False)),
+        lambda: _pathway_gradients(nchw, (False, True, False)),
+        lambda: _pathway_gradients(nchw, (False, False, True)),
+        lambda: _pathway_gradients(nchw, gain=0.5),
+        lambda: _pathway_gradients(nchw, mode="bilinear"),
+    ]
+    alone = []
+    for case in cases:
+        serving.forget()
+        alone.append(case())
+    serving.forget()
+    for case, expected in [*zip(cases, alone, strict=True)] * 2:
+        for ours, theirs in zip(case(), expected, strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_a_backward_that_is_recorded_or_observed_is_not_recalled_whole() -> None:
+    """With create_graph its calls are differentiable ones."""
+    top, lateral = (each.requires_grad_() for each in _maps())
+    weight = torch.ones(4, 4, 1, 1)
+    for create_graph in (False, True, False, True):
+        merged = fpn_kernels.top_down_pathway([lateral, top], [weight, weight])
+        gradients = torch.autograd.grad((merged[0] ** 2).sum(), (lateral, top), create_graph=create_graph)
+        assert all(gradient.requires_grad == create_graph for gradient in gradients)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
