@@ -13,6 +13,8 @@ EAGER = "eager"
 COMPILE = "torch.compile"
 MAX_AUTOTUNE = "torch.compile max-autotune"
 LIBRARY = "fpn_kernels"
+# With operators that the library keeps from its users until they are measured: the chained pathway.
+CHAINED = "fpn_kernels/chained"
 
 
 @dataclass(frozen=True)

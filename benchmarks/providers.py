@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import fpn_kernels
 from benchmarks.cases import COMPILE, EAGER, LIBRARY, MAX_AUTOTUNE
+from fpn_kernels.backends import selection, serving
 from fpn_kernels.backends.selection import BackendUnavailableError
 
 
@@ -33,18 +34,22 @@ class Provider:
         fused: whether it calls the library, or the eager twin.
         backend: the backend that is forced; None leaves the choice to the library, as a user gets it.
         compile_mode: what torch.compile is asked for, where it is used at all.
+        unforced: operators that the library may choose as if a backend that has them were not to be forced first.
     """
 
     name: str
     fused: bool = False
     backend: str | None = None
     compile_mode: str | None = None
+    unforced: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
     def selected(self) -> AbstractContextManager[Any]:
-        """Forces the backend; `NotMeasuredError` where it is not here."""
+        """Forces the backend, or frees the choice; `NotMeasuredError` where the backend is not here."""
+        if self.unforced:
+            return _unforced(self.unforced)
         try:
             return fpn_kernels.use_backend(self.backend) if self.backend else nullcontext()
         except BackendUnavailableError as error:
@@ -56,6 +61,25 @@ class Provider:
             return call
         torch._dynamo.reset()  # each case compiles afresh: no recompilation limit, no graph of another shape
         return torch.compile(call, dynamic=False, mode=self.compile_mode)
+
+
+@contextmanager
+def _unforced(operators: Sequence[str]) -> Iterator[None]:
+    """Takes away what keeps selection from these operators, where a backend has one that is `only_forced`."""
+    before = selection.backends()
+    for backend in before:
+        freed = {
+            name: replace(implementation, only_forced=None) if name in operators else implementation
+            for name, implementation in backend.implementations.items()
+        }
+        selection.register(replace(backend, implementations=freed))
+    serving.forget()
+    try:
+        yield
+    finally:
+        for backend in before:
+            selection.register(backend)
+        serving.forget()
 
 
 def providers(device_type: str, preset: str, available: tuple[str, ...], compiled: bool) -> Iterator[Provider]:

@@ -13,10 +13,12 @@ import torch
 
 import fpn_kernels
 from benchmarks import providers, replay
-from benchmarks.cases import COMPILE, EAGER, FORWARD, LIBRARY, MAX_AUTOTUNE, TINY, TRAINING, Case, Spot
+from benchmarks.cases import CHAINED, COMPILE, EAGER, FORWARD, LIBRARY, MAX_AUTOTUNE, TINY, TRAINING, Case, Spot
 from benchmarks.gpu import measure, rows, smoke, worker, workloads
 from benchmarks.harness import Prepared
 from benchmarks.workloads import tensors
+from fpn_kernels.backends import selection
+from fpn_kernels.backends.selection import Backend, Implementation
 
 CPU = torch.device("cpu")
 
@@ -243,8 +245,38 @@ def test_a_provider_is_known_by_its_name() -> None:
     assert measure.provider_named(f"{LIBRARY}/triton").backend == "triton"
     assert measure.provider_named(COMPILE).compile_mode == "default"
     assert measure.provider_named(MAX_AUTOTUNE).compile_mode == "max-autotune-no-cudagraphs"
+    assert measure.provider_named(CHAINED).backend is None
+    assert measure.provider_named(CHAINED).unforced == ("top_down_pathway",)
     with pytest.raises(ValueError, match="name: expected 'torch.compile'"):
         measure.provider_named("tensorrt")
+
+
+def test_a_provider_may_choose_what_is_otherwise_to_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chained pathway, where Triton is here, with everything else as the library chooses it."""
+    chained = Implementation(lambda *a: lambda *b: ["as a whole"], lambda *a: None, only_forced="not measured yet")
+    backend = Backend("chaining", lambda: None, {"top_down_pathway": chained, "output_conv": chained})
+    monkeypatch.setattr(selection, "_registry", {"chaining": backend, **selection._registry})
+    maps, weight, taps = [torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)], torch.ones(2, 2), torch.ones(2, 2, 3, 3)
+
+    def served() -> list[str]:
+        with selection.record_calls() as calls:
+            fpn_kernels.top_down_pathway(maps, [weight, weight])
+            fpn_kernels.output_conv(maps[0], taps)
+        return [name for name, backend in calls if backend == "chaining"]
+
+    before = selection.backends()
+    assert served() == []
+    with measure.provider_named(CHAINED).selected():
+        assert served() == ["top_down_pathway"]
+        assert [each.name for each in selection.backends()] == [each.name for each in before]
+    assert served() == [] and selection.backends() == before
+
+
+def test_the_neck_is_measured_with_the_chain_where_triton_is() -> None:
+    units = rows.Plan(providers=(LIBRARY, f"{LIBRARY}/triton")).headline()
+    chained = {(unit["operator"], unit["direction"], unit["batch"]) for unit in units if unit["provider"] == CHAINED}
+    assert chained == {("neck", direction, batch) for direction in (FORWARD, TRAINING) for batch in (1, 8)}
+    assert CHAINED not in {unit["provider"] for unit in rows.Plan(providers=(LIBRARY,)).headline()}
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------

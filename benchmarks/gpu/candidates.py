@@ -11,12 +11,12 @@ import torch
 
 import fpn_kernels
 from benchmarks.gpu.rows import Unit, case_of
-from benchmarks.gpu.workloads import workload
+from benchmarks.gpu.workloads import each_level, workload
 from benchmarks.providers import NotMeasuredError
 
 
 def measure(unit: Unit, device: torch.device) -> dict[str, Any]:
-    """Runs a case once, forced to Triton, and returns what was measured on the way.
+    """Runs a case once, forced to Triton, and each of its levels alone; returns what was measured on the way.
 
     Raises:
         NotMeasuredError: nothing is measured here, or nothing was left to measure.
@@ -27,9 +27,11 @@ def measure(unit: Unit, device: torch.device) -> dict[str, Any]:
 
     if not autotune.ENABLED:
         raise NotMeasuredError(f"{autotune.ENVIRONMENT_VARIABLE} is not set for this worker")
-    work, before = workload(case_of(unit), device), len(autotune.measurements)
+    case, before = case_of(unit), len(autotune.measurements)
     with fpn_kernels.use_backend("triton"), torch.no_grad():
-        work.fused.call(*work.inputs)
+        for part in dict.fromkeys((case, *each_level(case))):
+            work = workload(part, device)
+            work.fused.call(*work.inputs)
     torch.cuda.synchronize(device)
     made = autotune.measurements[before:]
     if not made:

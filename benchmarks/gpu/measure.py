@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import COMPILE, LIBRARY, MAX_AUTOTUNE, TRAINING, Case
+from benchmarks.cases import CHAINED, COMPILE, LIBRARY, MAX_AUTOTUNE, TRAINING, Case
 from benchmarks.clock import Clock
 from benchmarks.gpu.workloads import workload
 from benchmarks.harness import Prepared, prepared
@@ -36,6 +36,8 @@ def provider_named(name: str) -> Provider:
         return Provider(name, compile_mode="default")
     if name == MAX_AUTOTUNE:
         return Provider(name, compile_mode="max-autotune-no-cudagraphs")
+    if name == CHAINED:
+        return Provider(name, fused=True, unforced=("top_down_pathway",))
     library, _, backend = name.partition("/")
     if library != LIBRARY:
         raise ValueError(f"name: expected {COMPILE!r}, {MAX_AUTOTUNE!r} or {LIBRARY!r}[/backend], got {name!r}")

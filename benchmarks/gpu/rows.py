@@ -9,7 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import COMPILE, EVEN, FORWARD, LIBRARY, MAX_AUTOTUNE, TINY, TOP_DOWN, TRAINING, Case, Spot
+from benchmarks.cases import (
+    CHAINED,
+    COMPILE,
+    EVEN,
+    FORWARD,
+    LIBRARY,
+    MAX_AUTOTUNE,
+    TINY,
+    TOP_DOWN,
+    TRAINING,
+    Case,
+    Spot,
+)
 
 Unit = dict[str, Any]
 
@@ -74,10 +86,20 @@ class Plan:
         return [name for name in self.providers if name.startswith(f"{LIBRARY}/")]
 
     def headline(self) -> list[Unit]:
-        """bf16 NHWC, batch 1 and 8: the library everywhere first, then each backend, then torch.compile."""
+        """bf16 NHWC, batch 1 and 8: the library everywhere first, then each backend, then torch.compile.
+
+        The neck also with the pathway chained and all else as the library chooses: forced, Triton has the output
+        convolutions too.
+        """
         rows = list(self._rows(_HEADLINE))
         compiled = rows[:2] if self.tiny else rows
-        return [*self._with(rows, [LIBRARY, *self.forced]), *self._with(compiled, self._compile)]
+        chained = [row for row in rows if row.operator == "neck"] if f"{LIBRARY}/triton" in self.providers else []
+        own = [
+            unit
+            for row in rows
+            for unit in self._with([row], [LIBRARY, *self.forced, *([CHAINED] if row in chained else [])])
+        ]
+        return [*own, *self._with(compiled, self._compile)]
 
     def max_autotune(self) -> list[Unit]:
         """The headline rows that have a target against it."""
@@ -166,7 +188,10 @@ def ceilings(tiny: bool) -> list[Unit]:
     return units
 
 
-SMOKE_OPERATORS = ("upsample_add", "lateral_connection", "output_conv", "top_down_pathway", "weighted_merge", "neck")
+SMOKE_OPERATORS = (
+    *("upsample_add", "lateral_connection", "output_conv", "output_conv_levels"),
+    *("top_down_pathway", "weighted_merge", "neck"),
+)
 
 
 def smoke(tiny: bool, backends: Sequence[str]) -> list[Unit]:
@@ -203,5 +228,11 @@ def sample(backends: Sequence[str]) -> list[Unit]:
         }
         for backend in backends
         for dtype, layout in (("bf16", "NHWC"), ("fp32", "NCHW"))
-        for operator in ("upsample_add", "lateral_connection", "weighted_merge", "top_down_pathway")
+        for operator in (
+            "upsample_add",
+            "lateral_connection",
+            "weighted_merge",
+            "top_down_pathway",
+            "output_conv_levels",
+        )
     ]

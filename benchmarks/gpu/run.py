@@ -92,7 +92,7 @@ class Run:
         sanitized = 0.0 if shutil.which("compute-sanitizer") is None else 60.0
         return (
             Step("environment", self._environment, 15, 60),
-            Step("build", self._build, 20, 120),
+            Step("build", self._build, 20, 180),
             Step("smoke", self._smoke, 25, 45),
             Step("tests", self._tests, 40, 100),
             Step("ceilings", self._ceilings, 15, 30),

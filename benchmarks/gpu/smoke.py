@@ -67,6 +67,20 @@ def _output_conv(image: Image) -> tuple[Call, list[tuple[int, ...]]]:
     return lambda functions, t: functions.output_conv(*t), shapes
 
 
+def _output_conv_levels(image: Image) -> tuple[Call, list[tuple[int, ...]]]:
+    width, sizes = image.out_channels, image.sizes[1:]
+    count = len(sizes)
+    shapes = [*((2, width, *size) for size in sizes), *[(width, width, 3, 3)] * count, *[(width,)] * count]
+
+    def call(functions: ModuleType, t: list[Tensor]) -> Any:
+        groups = t[:count], t[count : 2 * count], t[2 * count :]
+        if functions is fpn_kernels:
+            return torch.ops.fpn_kernels.output_conv_levels(*groups, list(range(count)))
+        return [functions.output_conv(*level) for level in zip(*groups, strict=True)]
+
+    return call, shapes
+
+
 def _weighted_merge(image: Image) -> tuple[Call, list[tuple[int, ...]]]:
     width = image.out_channels
     shapes: list[tuple[int, ...]] = [(2, width, *image.sizes[0]), (2, width, *image.sizes[1]), (2,)]
@@ -107,6 +121,7 @@ _OPERATORS = {
     "upsample_add": _upsample_add,
     "lateral_connection": _lateral_connection,
     "output_conv": _output_conv,
+    "output_conv_levels": _output_conv_levels,
     "top_down_pathway": _top_down_pathway,
     "weighted_merge": _weighted_merge,
     "neck": _neck,

@@ -19,18 +19,33 @@ from benchmarks import (
 )
 from benchmarks.cases import FORWARD, Case
 from benchmarks.workloads import Contender, Maker, Workload, tensors
-from fpn_kernels import reference, roofline
+from fpn_kernels import functional, reference, roofline
 
 # The coarsest level has nothing above it to be merged with.
 _LEVELS = {"upsample_add": (2, 3, 4), "lateral_connection": (2, 3, 4, 5), "output_conv": (2, 3, 4, 5)}
 
 
 def workload(case: Case, device: torch.device) -> Workload:
-    """A case made concrete; one without a level is all of them, one after the other in one call."""
-    if case.spot.level is None and case.operator in _LEVELS:
-        levels = [replace(case, spot=replace(case.spot, level=level)) for level in _LEVELS[case.operator]]
-        return _together([_ONE[case.operator](level, device) for level in levels])
-    return _ONE[case.operator](case, device)
+    """A case made concrete; one without a level is all of them in one call, one after the other where they need be."""
+    levels = each_level(case)
+    if levels == [case]:
+        return _ONE[case.operator](case, device)
+    work = _together([_ONE[case.operator](level, device) for level in levels])
+    if case.operator == "output_conv":
+        work.fused = Contender(_output_conv_levels)
+    return work
+
+
+def each_level(case: Case) -> list[Case]:
+    """The cases of one level each that a case without a level stands for, where its operator has levels."""
+    if case.spot.level is not None or case.operator not in _LEVELS:
+        return [case]
+    return [replace(case, spot=replace(case.spot, level=level)) for level in _LEVELS[case.operator]]
+
+
+def _output_conv_levels(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """As the neck calls them: a feature, a weight and a bias a level."""
+    return functional.output_conv_levels(inputs[0::3], inputs[1::3], inputs[2::3])
 
 
 def _top_down_pathway(case: Case, device: torch.device) -> Workload:
