@@ -199,8 +199,7 @@ def output_conv_levels(
 ) -> tuple[Tensor, ...]:
     """`output_conv` of every level of a pyramid, each with its own weight and bias: of one launch, where that serves.
 
-    Where autograd records the call, each level is a call of its own: what one node keeps for its backward is kept
-    until all of it has run, and the merged maps would be held a whole backward longer (a compiler frees each in time).
+    Where autograd records it, all levels are one node, which keeps what it needs of each until all of it has run.
 
     Args:
         features: the merged maps ``[N_l, Cin_l, H_l, W_l]`` of one dtype and device.
@@ -220,11 +219,7 @@ def output_conv_levels(
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    tensors = (*features, *weights, *given)
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        each = zip(features, weights, biases or [None] * len(features), strict=True)
-        return tuple(output_conv(*level, memory_format=memory_format) for level in each)
-    results: list[Tensor] = _operators(*tensors).output_conv_levels(
+    results: list[Tensor] = _operators(*features, *weights, *given).output_conv_levels(
         list(features), list(weights), given, levels, memory_format=memory_format
     )
     return tuple(results)

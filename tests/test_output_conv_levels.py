@@ -19,6 +19,8 @@ from twins import maps, pair
 import fpn_kernels
 from fpn_kernels import functional
 from fpn_kernels.backends import selection
+from fpn_kernels.modules import pathway
+from fpn_kernels.modules.fusing import fused_parameters
 
 SIZES = [(13, 18), (7, 9), (4, 5), (1, 2)]
 CIN, COUT = 16, 24
@@ -130,18 +132,23 @@ def test_first_and_second_derivatives() -> None:
 
 
 def test_training_keeps_no_level_longer_than_its_own_backward() -> None:
-    """Where autograd records, a node a level: a merged map goes when its convolution has been differentiated."""
-    features, weights, biases = _inputs()
-    inner = [feature.requires_grad_() * 1 for feature in features]
-    kept = [weakref.ref(feature) for feature in inner]
-    results = functional.output_conv_levels(inner, [weight.requires_grad_() for weight in weights], biases)
-    del inner
+    """Where autograd records the neck, its output convolutions are a node a level: each lets its merged map go."""
+    network, _ = pair()
+    merged = list(pathway.merge_levels(list(maps().values()), network.inner_blocks))
+    blocks = [fused_parameters(block, 3) for block in network.layer_blocks]
+    results = pathway._output_maps(merged, merged, blocks)
+    assert len({result.grad_fn for result in results if result is not None}) == 4
+    saved = [weakref.ref(level) for level in merged]
+    del merged
     gc.collect()
-    assert all(reference() is not None for reference in kept)
+    assert all(reference() is not None for reference in saved)
     for level in (2, 0):
-        results[level].sum().backward()
+        result = results[level]
+        assert result is not None
+        torch.autograd.grad(result.sum(), list(network.layer_blocks[level].parameters()))
+        del result
     gc.collect()
-    assert [reference() is None for reference in kept] == [True, False, True, False]
+    assert [saved[level]() is None for level in range(4)] == [True, False, True, False]
 
 
 # ----------------------------------------------------------------------------------------- PyTorch citizenship

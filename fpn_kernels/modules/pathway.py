@@ -7,7 +7,7 @@ result merged by `upsample_add`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,23 +62,28 @@ def _output_maps(
     features: Sequence[Tensor], merged: Sequence[Tensor], outputs: Sequence[Parameters | None]
 ) -> list[Tensor | None]:
     """The output map of each level whose block has parameters, in the layout of its feature; None for the others."""
+    given = {level: parameters for level, parameters in enumerate(outputs) if parameters is not None}
     results: list[Tensor | None] = [None] * len(outputs)
-    levels = {level: parameters for level, parameters in enumerate(outputs) if parameters is not None}
-    formats = [result_format(features[level]) for level in levels]
-    alike = {(memory_format, merged[level].dtype) for memory_format, level in zip(formats, levels, strict=True)}
-    if len(alike) == 1:
-        weights, biases = zip(*levels.values(), strict=True)
-        computed = functional.output_conv_levels(
-            [merged[level] for level in levels], weights, biases, memory_format=formats[0]
-        )
-    else:
-        computed = tuple(
-            functional.output_conv(merged[level], *parameters, memory_format=memory_format)
-            for (level, parameters), memory_format in zip(levels.items(), formats, strict=True)
-        )
-    for level, result in zip(levels, computed, strict=True):
-        results[level] = result
+    if not _are_recorded(merged, given) and len({(result_format(features[n]), merged[n].dtype) for n in given}) == 1:
+        weights, biases = zip(*given.values(), strict=True)
+        memory_format = result_format(features[next(iter(given))])
+        maps = functional.output_conv_levels([merged[n] for n in given], weights, biases, memory_format=memory_format)
+        for level, result in zip(given, maps, strict=True):
+            results[level] = result
+        return results
+    for level, parameters in given.items():
+        memory_format = result_format(features[level])
+        results[level] = functional.output_conv(merged[level], *parameters, memory_format=memory_format)
     return results
+
+
+def _are_recorded(merged: Sequence[Tensor], given: Mapping[int, Parameters]) -> bool:
+    """Whether autograd will keep the merged maps: a level's until that has been differentiated, of all levels at once
+    until all have been.  A compiler frees each in time.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(merged[level].requires_grad or weight.requires_grad for level, (weight, _) in given.items())
 
 
 def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:
