@@ -23,11 +23,17 @@ def _maps() -> tuple[Tensor, Tensor]:
 
 
 def _way(*tensors: Tensor | None) -> str:
-    way = direct.operators(*tensors)
-    return {id(direct.KERNELS): "kernel", id(direct.DIFFERENTIABLE): "autograd"}.get(id(way), "dispatcher")
+    ways = {
+        "kernel": direct.KERNELS,
+        "autograd": direct.DIFFERENTIABLE,
+        "cast, kernel": direct.KERNELS_OF_CAST["cpu"],
+        "cast, autograd": direct.DIFFERENTIABLE_OF_CAST["cpu"],
+    }
+    taken = direct.operators(*tensors)
+    return next((name for name, way in ways.items() if way is taken), "dispatcher")
 
 
-def test_the_three_ways() -> None:
+def test_the_ways() -> None:
     top, lateral = _maps()
     weight = torch.nn.Parameter(torch.randn(4, 4))
     assert _way(top, lateral) == _way(lateral, None, top) == "kernel"
@@ -37,6 +43,14 @@ def test_the_three_ways() -> None:
     with torch.inference_mode():
         assert _way(lateral, weight) == _way(torch.randn(2)) == "kernel"
     assert _way(torch.randn(2)) == "kernel"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (_way(top, lateral), _way(lateral, weight)) == ("cast, kernel", "cast, autograd")
+        with torch.no_grad():
+            assert _way(lateral, weight) == "cast, kernel"
+        with torch.autocast("cpu", enabled=False):
+            assert _way(lateral, weight) == "autograd"
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        assert _way(top, lateral) == "kernel"
 
 
 class _Subclass(Tensor):
@@ -72,8 +86,8 @@ def _dual() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "context",
-    [_FunctionMode, _DispatchMode, _profiled, _dual, lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["function-mode", "dispatch-mode", "profiler", "forward-ad", "autocast"],
+    [_FunctionMode, _DispatchMode, _profiled, _dual],
+    ids=["function-mode", "dispatch-mode", "profiler", "forward-ad"],
 )
 def test_whoever_looks_on_is_asked(context: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
     top, lateral = _maps()
@@ -151,6 +165,10 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Any]]] = {
         (*MAPS, (2, 3), (2, 3, 1, 1)),
         lambda t, f, w, v: fpn_kernels.top_down_pathway([f, t], [w, v]),
     ),
+    "output_conv_levels": (
+        (*MAPS, (2, 3, 3, 3), (2, 3, 3, 3), (2,)),
+        lambda t, f, w, v, b: fpn_kernels.functional.output_conv_levels([f, t], [w, v], [None, b]),
+    ),
     "reorder": ((MAPS[1],), lambda f: fpn_kernels.functional.reorder(f, torch.channels_last)),
 }
 
@@ -176,6 +194,50 @@ def test_gradients_are_those_of_the_dispatchers_way(name: str, monkeypatch: pyte
     assert len(straight) == len(by_torch) > len(leaves)
     for mine, theirs in zip(straight, by_torch, strict=True):
         assert oracle.error(mine, theirs) <= 1e-14
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("wants", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_is_that_of_the_dispatchers_way(
+    name: str, wants: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; the first tensor has the autocast dtype already, and float64 is left alone."""
+    if backend not in fpn_kernels.available_backends():
+        pytest.skip(f"{backend} is not here")
+    shapes, call = CASES[name]
+    dtype = torch.float64 if name == "upsample_add" else torch.float32
+    leaves = [leaf.detach().to(dtype) for leaf in _leaves(*shapes)]
+    if dtype == torch.float32 and name != "weighted_merge":
+        leaves[0] = leaves[0].bfloat16()
+    leaves = [leaf.requires_grad_(wants) for leaf in leaves]
+
+    def results() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16), fpn_kernels.use_backend(backend):
+            result = call(*leaves)
+        results = list(result) if isinstance(result, tuple) else [result]
+        with fpn_kernels.use_backend(backend):
+            return results + (list(torch.autograd.grad(_sum(result), leaves)) if wants else [])
+
+    straight = results()
+    monkeypatch.setattr(direct, "_straight", lambda tensors: None)
+    by_torch = results()
+    assert straight[0].dtype == (torch.bfloat16 if dtype == torch.float32 and name != "reorder" else leaves[0].dtype)
+    for mine, theirs in zip(straight, by_torch, strict=True):
+        assert mine.dtype == theirs.dtype and mine.stride() == theirs.stride() and torch.equal(mine, theirs)
+
+
+def test_what_comes_after_autocast_is_cast_once_more_if_it_is_asked_inside() -> None:
+    """A backward inside the context, as some training loops have it."""
+    shapes, call = CASES["top_down_pathway"]
+    leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(*shapes)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(_sum(call(*leaves)), leaves)
+        total = _sum(call(*leaves))
+    outside = torch.autograd.grad(total, leaves)
+    for mine, theirs in zip(inside, outside, strict=True):
+        assert mine.dtype == torch.float32
+        assert oracle.error(mine, theirs.double()) <= 4 * oracle.rounding(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,6 +23,9 @@ from torch.autograd import forward_ad
 # By the operators' names; filled by `registration`.
 KERNELS = types.SimpleNamespace()
 DIFFERENTIABLE = types.SimpleNamespace()
+# The same with what they are given cast as autocast does it, by the type of the device.
+KERNELS_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
+DIFFERENTIABLE_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 
 _TYPES = (Tensor, torch.nn.Parameter)
 
@@ -50,16 +53,20 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
     def straight(tensors: Sequence[Tensor | None]) -> types.SimpleNamespace | None:
         if included().raw_repr() & other_modes or function_modes() or profiling() or forward_ad._current_level >= 0:
             return None
-        differentiates, way = torch.is_grad_enabled(), KERNELS
+        differentiates, asked = torch.is_grad_enabled(), False
         for tensor in tensors:
             if tensor is None:
                 continue
             if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() & other_tensors:
                 return None
-            if differentiates and tensor.requires_grad:
-                way = DIFFERENTIABLE
+            asked = asked or (differentiates and tensor.requires_grad)
         first = tensors[0] if tensors else None
-        return None if first is None or torch.is_autocast_enabled(first.device.type) else way
+        if first is None:
+            return None
+        device_type = first.device.type
+        if torch.is_autocast_enabled(device_type):
+            return (DIFFERENTIABLE_OF_CAST if asked else KERNELS_OF_CAST)[device_type]
+        return DIFFERENTIABLE if asked else KERNELS
 
     return straight
 

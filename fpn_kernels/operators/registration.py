@@ -24,7 +24,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     """Registers an operator on every device; returns its qualified name."""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    setattr(direct.KERNELS, name, kernel)
+    for way in (direct.KERNELS, *direct.KERNELS_OF_CAST.values()):
+        setattr(way, name, kernel)
     qualified = f"fpn_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     return qualified
@@ -47,7 +48,9 @@ def differentiable(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     name = qualified.split("::")[1]
     kernel = getattr(direct.KERNELS, name)
-    setattr(direct.DIFFERENTIABLE, name, direct.differentiable(name, kernel, backward, setup_context, recorded))
+    differentiable = direct.differentiable(name, kernel, backward, setup_context, recorded)
+    for way in (direct.DIFFERENTIABLE, *direct.DIFFERENTIABLE_OF_CAST.values()):
+        setattr(way, name, differentiable)
 
 
 def autocast(qualified: str, maps: int | None = None) -> None:
@@ -57,11 +60,14 @@ def autocast(qualified: str, maps: int | None = None) -> None:
     """
     name = qualified.split("::")[1]
     for device_type, key in _AUTOCAST_KEYS.items():
-        LIBRARY.impl(name, _autocast_kernel(name, device_type, key, maps), key)
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        LIBRARY.impl(name, _of_cast(getattr(torch.ops.fpn_kernels, name), device_type, keys, maps), key)
+        for way in (direct.KERNELS_OF_CAST[device_type], direct.DIFFERENTIABLE_OF_CAST[device_type]):
+            setattr(way, name, _of_cast(getattr(way, name), device_type, keys, maps))
 
 
-def _autocast_kernel(name: str, device_type: str, key: str, maps: int | None) -> Callable[..., Any]:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+def _of_cast(call: Callable[..., Any], device_type: str, keys: Any, maps: int | None) -> Callable[..., Any]:
+    """`call` with its arguments in the autocast dtype, and autocast kept away from what is inside."""
 
     def kernel(*arguments: Any, **keywords: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
@@ -69,7 +75,7 @@ def _autocast_kernel(name: str, device_type: str, key: str, maps: int | None) ->
         with torch._C._ExcludeDispatchKeyGuard(keys):
             cut = len(arguments) if maps is None else maps
             maps_cast = (cast(value, dtype) for value in arguments[:cut])
-            return getattr(torch.ops.fpn_kernels, name)(*maps_cast, *arguments[cut:], **keywords)
+            return call(*maps_cast, *arguments[cut:], **keywords)
 
     return kernel
 
