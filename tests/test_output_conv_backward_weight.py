@@ -167,6 +167,8 @@ def test_a_compiled_training_step(dtype: torch.dtype, target: Target) -> None:
 
     backend = aot_autograd(fw_compiler=lambda module, _: make_boxed_func(module.forward), bw_compiler=keep)
     compiled = torch.compile(fpn_kernels.output_conv, fullgraph=True, dynamic=True, backend=backend)
+    # bfloat16 without tiles: ATen's one call has both gradients, in layouts of its own.
+    apart = dtype != torch.bfloat16 or native.multiplies_by_tiles(dtype)
     for case in (CASES[-1], CASES[1]):
         grad, feature = _maps(case, dtype, target.device, ("nhwc", "nhwc"))
         inputs = [feature, random_map((case.cout, case.cin, 3, 3), dtype, target.device), grad[0, :, 0, 0].clone()]
@@ -175,10 +177,8 @@ def test_a_compiled_training_step(dtype: torch.dtype, target: Target) -> None:
             ours = torch.autograd.grad(compiled(*inputs), inputs, grad)
         for result, theirs in zip(ours[1:], OPERATOR(grad, feature.detach()), strict=True):
             torch.testing.assert_close(result, theirs, rtol=2e-2, atol=1e-3)
-            assert result.stride() == theirs.stride()
+            assert result.stride() == theirs.stride() or not apart
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    # bfloat16 without tiles: ATen's one call has both gradients.
-    apart = dtype != torch.bfloat16 or native.multiplies_by_tiles(dtype)
     name = "fpn_kernels.output_conv_backward_weight.default" if apart else "aten.convolution_backward.default"
     assert names.count(name) == len(graphs) > 0
 
