@@ -93,13 +93,13 @@ class Plan:
         """
         rows = list(self._rows(_HEADLINE))
         compiled = rows[:2] if self.tiny else rows
-        chained = [row for row in rows if row.operator == "neck"] if f"{LIBRARY}/triton" in self.providers else []
-        own = [
-            unit
-            for row in rows
-            for unit in self._with([row], [LIBRARY, *self.forced, *([CHAINED] if row in chained else [])])
-        ]
+        own = [unit for row in rows for unit in self._with([row], self._own(row))]
         return [*own, *self._with(compiled, self._compile)]
+
+    def _own(self, case: Case) -> list[str]:
+        """The library's providers of a headline row."""
+        chained = case.operator == "neck" and f"{LIBRARY}/triton" in self.providers
+        return [LIBRARY, *self.forced, *([CHAINED] if chained else [])]
 
     def max_autotune(self) -> list[Unit]:
         """The headline rows that have a target against it."""

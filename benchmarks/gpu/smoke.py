@@ -22,7 +22,7 @@ from benchmarks.harness import WrongResultError
 from benchmarks.options import DTYPES
 from benchmarks.providers import NotMeasuredError
 from benchmarks.workloads import memory_format, tensors
-from fpn_kernels import reference
+from fpn_kernels import functional, reference
 from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
 
 # Odd sizes, the paper's width: every kernel has its tail, and none of them takes a second in float64.
@@ -75,7 +75,7 @@ def _output_conv_levels(image: Image) -> tuple[Call, list[tuple[int, ...]]]:
     def call(functions: ModuleType, t: list[Tensor]) -> Any:
         groups = t[:count], t[count : 2 * count], t[2 * count :]
         if functions is fpn_kernels:
-            return torch.ops.fpn_kernels.output_conv_levels(*groups, list(range(count)))
+            return functional.output_conv_levels(*groups)
         return [functions.output_conv(*level) for level in zip(*groups, strict=True)]
 
     return call, shapes
