@@ -134,7 +134,7 @@ def main() -> int:
     options = parser.parse_args()
     allocator.keep_pages()
     device = torch.device(options.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     with options.results.open("a") as results:
         return work(json.loads(options.units.read_text()), results, device)
