@@ -253,7 +253,9 @@ def test_a_provider_is_known_by_its_name() -> None:
 
 def test_a_provider_may_choose_what_is_otherwise_to_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chained pathway, where Triton is here, with everything else as the library chooses it."""
-    chained = Implementation(lambda *a: lambda *b: ["as a whole"], lambda *a: None, only_forced="not measured yet")
+    chained = Implementation(
+        lambda *a: lambda *b: ["as a whole"], lambda *a: None, only_forced=lambda *a: "not measured"
+    )
     backend = Backend("chaining", lambda: None, {"top_down_pathway": chained, "output_conv": chained})
     monkeypatch.setattr(selection, "_registry", {"chaining": backend, **selection._registry})
     maps, weight, taps = [torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)], torch.ones(2, 2), torch.ones(2, 2, 3, 3)

@@ -186,8 +186,10 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         bias = fine[0, :, 0, 0].clone()
         for memory_format in (torch.channels_last, torch.contiguous_format):
             output_conv.output_conv(fine, kernel, bias, memory_format)
-        output_conv.output_conv_levels([fine] * 4, [kernel] * 4, [bias] * 4, None)
-    assert len(launched) == 18 + 6 * (layout == torch.channels_last)
+        # The weights packed, then P2 alone, P3 alone, P4 and P5 together.
+        pyramid = [torch.empty(1, 256, *size, dtype=fine.dtype, memory_format=layout) for size in output_conv._PYRAMID]
+        output_conv.output_conv_levels(pyramid, [kernel] * 4, [bias] * 4, None)
+    assert len(launched) == 18 + (4 + 4) * (layout == torch.channels_last)
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)

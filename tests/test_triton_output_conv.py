@@ -24,6 +24,7 @@ from fpn_kernels.backends.triton import (
     geometry,
     output_conv,
 )
+from fpn_kernels.backends.triton.descriptor_convolution import MOST_SCATTERED, BoxConfig
 
 interpreted = pytest.mark.interpreter
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -137,7 +138,9 @@ def test_levels_of_a_pyramid_in_one_launch(dtype: torch.dtype, layout: str, monk
     launches: list[int] = []
     plan = output_conv.plan
     monkeypatch.setattr(
-        output_conv, "plan", lambda levels, *rest: (launches.append(len(levels)), plan(levels, *rest))[1]
+        output_conv,
+        "plan",
+        lambda levels, *rest, **more: (launches.append(len(levels)), plan(levels, *rest, **more))[1],
     )
     sizes = [(1, 1), (13, 20), (7, 12), (4, 4)]
     features = [random_map((2, 24, *size), dtype, layout="nhwc") for size in sizes]
@@ -201,18 +204,42 @@ def test_the_callers_allocator_is_put_back() -> None:
 
 
 def test_the_tile_follows_the_maps() -> None:
-    large, medium, small = (output_conv.TABLE["half", size] for size in ("large", "medium", "small"))
+    large, wide, medium, short, small = (
+        output_conv.TABLE["half", size] for size in ("large", "wide", "medium", "short", "small")
+    )
     pyramid = [(200, 320), (100, 160), (50, 80), (25, 40)]
 
-    def choose(sizes: list[tuple[int, int]], out_channels: int = 256, in_boxes: bool = True, batch: int = 1) -> object:
+    def choose(
+        sizes: list[tuple[int, int]], out_channels: int = 256, in_boxes: bool = True, batch: int = 1
+    ) -> BoxConfig:
         return output_conv.choose("half", batch, out_channels, sizes, 132, in_boxes)
 
-    assert choose(pyramid) == choose(pyramid[:1]) == large
-    assert choose(pyramid[1:2]) == medium and choose(pyramid[:1], in_boxes=False) == medium
-    assert choose(pyramid[3:]) == small and choose(pyramid[:1], out_channels=10) == small
-    # 40 columns are five boxes of eight, but two and a half of sixteen.
-    assert choose([(32, 40)], batch=64) == large.turned
-    assert large.tiles(2, 257, [(9, 16), (8, 17)]) == 2 * (2 + 2) * 2
+    # As measured: each is the fastest of the five at its size.
+    assert choose(pyramid[:1]) == choose(pyramid[:1], batch=8) == large
+    assert (choose(pyramid[1:2]), choose(pyramid[2:3]), choose(pyramid[3:])) == (wide, medium, short)
+    assert choose(pyramid[:1], in_boxes=False).channels <= MOST_SCATTERED
+    assert choose(pyramid[:1], out_channels=64) == choose(pyramid[:1], out_channels=10) == small
+    # A map of 160 rows of ten boxes of sixteen columns, but of five of eight rows and 32.
+    assert choose([(320, 8)], batch=6) == wide.turned
+    assert large.tiles(2, 257, [(9, 16), (8, 17)]) == 2 * (1 + 2) * 3
+    # In float32 the largest tile that fills the chip, turned where that takes fewer: 40 columns are five boxes of 8.
+    ieee = output_conv.TABLE["ieee", "large"]
+    assert output_conv.choose("ieee", 64, 256, [(32, 40)], 132, True) == ieee.turned
+
+
+def test_levels_that_fill_the_chip_have_launches_of_their_own() -> None:
+    pyramid = [(200, 320), (100, 160), (50, 80), (25, 40)]
+
+    def groups(arithmetic: str = "half", batch: int = 1) -> list[tuple[int, ...]]:
+        return [group for group, _ in output_conv.launches(arithmetic, batch, 256, pyramid, 132, True)]
+
+    assert groups() == [(0,), (1,), (2, 3)]
+    assert groups(batch=8) == [(0,), (1,), (2,), (3,)]
+    assert groups("ieee") == groups("tf32", 8) == [(0, 1, 2, 3)]
+    assert [group for group, _ in output_conv.launches("half", 1, 256, pyramid[2:], 132, True)] == [(0, 1)]
+    # One packing of the weights serves whatever tile a launch takes.
+    for arithmetic in ("half", "tf32", "ieee"):
+        assert len({tile.depth for (kind, _), tile in output_conv.TABLE.items() if kind == arithmetic}) == 1
 
 
 @interpreted

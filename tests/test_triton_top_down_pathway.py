@@ -283,8 +283,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # Numbers of devices that no other test has: what a device can do is remembered.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {98: (8, 6), 99: (9, 0)}[index])
-    assert "9.0" in str(eligibility._overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
-    assert eligibility._overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
+    assert "9.0" in str(eligibility.overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
+    assert eligibility.overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
 
 
 @pytest.fixture

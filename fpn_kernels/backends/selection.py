@@ -42,14 +42,14 @@ class Implementation:
         fastest_format: takes a type of device and a dtype; returns the layout of the map in which the operator is
             fastest there, whatever layout its result has, `torch.preserve_format` where that does not matter (or is
             not known), or None for a device that the backend does not serve.
-        only_forced: why selection passes it over unless its backend is forced (such as that nobody has measured it
-            yet), or None.
+        only_forced: takes the same arguments; returns why selection passes this call over unless the backend is forced
+            (such as that another is faster, or that nobody has measured it), or None.  Itself None where no call is.
     """
 
     prepare: Callable[..., Callable[..., Any]]
     refusal: Callable[..., str | None]
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
-    only_forced: str | None = None
+    only_forced: Callable[..., str | None] | None = None
 
 
 def unprepared(run: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -91,9 +91,10 @@ class Backend:
         if implementation is None:
             return f"has no implementation of {operator}"
         reason = implementation.refusal(*arguments)
-        if reason is None and not forced and implementation.only_forced is not None:
-            return f"serves only where it is forced: {implementation.only_forced}"
-        return reason
+        if reason is not None or forced or implementation.only_forced is None:
+            return reason
+        reason = implementation.only_forced(*arguments)
+        return None if reason is None else f"serves only where it is forced: {reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +225,8 @@ def _forced_backend() -> Backend | None:
 def _candidates(operator: str) -> tuple[tuple[Backend, ...], bool]:
     """The backends to ask, in order of preference, and whether one was forced.
 
-    A forced backend without the operator, or with one that nothing but forcing chooses, is no reason to fail a network
-    that also uses those it has: eager serves what it does not.
+    A forced backend without the operator, or with one that it leaves to others unless it is forced, is no reason to
+    fail a network that also uses those it has: eager serves what it does not.
     """
     forced = _forced_backend()
     if forced is None:

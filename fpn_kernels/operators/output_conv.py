@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import convolution, eager, native, serving
+from fpn_kernels.backends import convolution, eager, native, selection, serving
 from fpn_kernels.backends.eager import sum_per_channel
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_output_conv
+
+_MANY_PIXELS = 1 << 17
 
 # Layouts of a map and of a weight.
 Formats = tuple[torch.memory_format, torch.memory_format]
@@ -105,13 +107,37 @@ def _recorded(
 
     A node of ours is Python: forward and backward of a map of a few pixels took 161 us, and 98 so (one core of Zen 4).
     It keeps less where one of the two gradients alone is wanted, for which PyTorch's keeps feature and weight.
+
+    Where another backend would serve, it is eager all the same on maps of which the device would save less than the
+    host loses.
     """
     if not (feature.requires_grad and weight.requires_grad and convolution.gradients_are_atens(feature.device.type)):
         return None
     arguments = (feature, weight, bias, memory_format)
-    prepared = prepare(*arguments)
-    result: Tensor | None = prepared(*arguments) if prepared.backend == eager.BACKEND.name else None
+    try:
+        prepared = prepare(*arguments)
+    except selection.Explained as explained:
+        found = explained.explanation
+        if found.backend == eager.BACKEND.name or _node_pays(feature):
+            raise
+        refusals = {**found.refusals, found.backend: "autograd records the call: PyTorch's own node is shorter"}
+        raise selection.Explained(selection.Explanation("output_conv", eager.BACKEND.name, refusals)) from None
+    result: Tensor | None = None
+    if prepared.backend == eager.BACKEND.name:
+        result = prepared(*arguments)
+    elif prepared.backend is not None and not _node_pays(feature):
+        selection.record("output_conv", eager.BACKEND.name)
+        result = eager.output_conv(*arguments)
     return result
+
+
+def _node_pays(feature: Tensor) -> bool:
+    """Whether a map is so large that a faster kernel is worth a node of ours, or a backend was forced.
+
+    On an H100 and its host a node took 110 us longer than PyTorch's, and Triton's kernel 0.7 ns less a pixel (256
+    channels, bfloat16).
+    """
+    return any(selection.forced_by()) or convolution.is_large(feature, _MANY_PIXELS)
 
 
 _NAME = registration.define(

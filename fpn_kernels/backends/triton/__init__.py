@@ -1,6 +1,7 @@
 """Triton kernels, forward and backward, for NVIDIA GPUs (sm_80 and later) and, interpreted, for CPU tensors.
 
     eligibility.py              why a call cannot be served; asked before anything is imported or launched
+    preference.py               what is left to others unless Triton is forced: what was measured
     geometry.py                 what a launch needs to know of its tensors: strides, reach, alignment
     launching.py                a launch put together once, and repeated for the calls that are alike
     device.py                   index arithmetic that the kernels share
@@ -13,7 +14,7 @@
     resized.py                  a tile of a map that is resized on the way
     descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code
     descriptor_convolution.py   their launch
-    lateral_connection_descriptors.py   lateral_connection by them: a candidate, not yet measured
+    lateral_connection_descriptors.py   lateral_connection by them: a candidate, nowhere the fastest yet
     output_conv.py              3x3 convolution of one map or of a pyramid by them
     top_down_pathway.py         the lateral connections of all levels, each launched while the one before it runs
     autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fpn_kernels.backends.selection import Backend, Implementation
-from fpn_kernels.backends.triton import eligibility
+from fpn_kernels.backends.triton import eligibility, preference
 
 # Where an operator's file has the name of another.
 _FILES = {"output_conv_levels": "output_conv"}
@@ -55,20 +56,20 @@ BACKEND = Backend(
     name="triton",
     unavailable=eligibility.unavailable,
     implementations={
-        operator: Implementation(_at_first_launch(operator), refusal, only_forced=only_forced)
-        for operator, refusal, only_forced in (
-            ("upsample_add", eligibility.upsample_add, None),
-            ("upsample_add_backward", eligibility.upsample_add_backward, None),
-            ("lateral_connection", eligibility.lateral_connection, None),
-            ("merge_backward", eligibility.merge_backward, None),
-            ("weighted_merge", eligibility.weighted_merge, None),
-            ("weighted_merge_backward", eligibility.weighted_merge_backward, None),
-            ("output_conv", eligibility.output_conv, "nobody has measured it against cuDNN yet"),
-            ("output_conv_levels", eligibility.output_conv_levels, "nobody has measured it against cuDNN yet"),
+        operator: Implementation(_at_first_launch(operator), refusal, **others)
+        for operator, refusal, others in (
+            ("upsample_add", eligibility.upsample_add, {}),
+            ("upsample_add_backward", eligibility.upsample_add_backward, {}),
+            ("lateral_connection", eligibility.lateral_connection, {}),
+            ("merge_backward", eligibility.merge_backward, {}),
+            ("weighted_merge", eligibility.weighted_merge, {}),
+            ("weighted_merge_backward", eligibility.weighted_merge_backward, {}),
             (
-                *("top_down_pathway", eligibility.top_down_pathway),
-                "nobody has measured it against launches that do not overlap yet",
+                *("output_conv", eligibility.output_conv),
+                {"fastest_format": preference.output_conv_format, "only_forced": preference.output_conv},
             ),
+            ("output_conv_levels", eligibility.output_conv_levels, {"only_forced": preference.output_conv_levels}),
+            ("top_down_pathway", eligibility.top_down_pathway, {"only_forced": preference.top_down_pathway}),
         )
     },
 )

@@ -203,11 +203,13 @@ def plan(
     arithmetic: str,
     mode: str = "nearest",
     link: launching.Link = launching.ALONE,
+    columns: tuple[int, int] | None = None,
 ) -> Convolution:
     """What writes each level's convolution into its dense `out`.
 
     Several levels agree in batch, channels, dtype, the layout of `out`, the strides of weight and bias, and in having
-    a bias or not; their features are dense NHWC maps, and they have no top.
+    a bias or not; their features are dense NHWC maps, and they have no top.  Where `columns` is given, as by
+    `plan_matrices`, the weights that the result is called with are such matrices already.
     """
     one = levels[0]
     outs = tuple(level.out for level in levels)
@@ -215,10 +217,12 @@ def plan(
     (batch, in_channels, height, width), out_channels = one.feature.shape, one.out.shape[1]
     sizes = [(level.feature.shape[2], level.feature.shape[3]) for level in levels]
     tiles = config.tiles(batch, out_channels, sizes)
-    to_matrices, columns, packs = plan_matrices([level.weight for level in levels], arithmetic, config.depth)
-    if packs:
-        # What packs the weights stands between this launch and the one that it would follow.
-        link = dataclasses.replace(link, follows=False)
+    to_matrices: Matrices = list
+    if columns is None:
+        to_matrices, columns, packs = plan_matrices([level.weight for level in levels], arithmetic, config.depth)
+        if packs:
+            # What packs the weights stands between this launch and the one that it would follow.
+            link = dataclasses.replace(link, follows=False)
     convolve = launching.Launch(
         kernels.convolve,
         (min(tiles, config.resident * geometry.processors(one.feature)),),

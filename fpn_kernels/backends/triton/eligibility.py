@@ -87,8 +87,12 @@ def unavailable() -> str | None:
 
 
 @functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def _capability_refusal(index: int | None, least: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(index)
     return None if major >= least else f"compute capability {major}.{minor} is below {least}.0"
 
 
@@ -169,7 +173,7 @@ def lateral_connection(
     return refusal or _pixels_refusal(*feature.shape[2:])
 
 
-def _overlap_refusal(tensor: Tensor) -> str | None:
+def overlap_refusal(tensor: Tensor) -> str | None:
     """Programmatic dependent launch; the interpreter runs one launch after another, which is as right."""
     return _capability_refusal(tensor.device.index, 9) if tensor.is_cuda else None
 
@@ -190,7 +194,7 @@ def top_down_pathway(
         refusal = lateral_connection(feature, weight, bias, top, mode, gain, memory_format)
         if refusal is not None:
             return f"level {level}: {refusal}"
-    return _overlap_refusal(features[0])
+    return overlap_refusal(features[0])
 
 
 def _descriptor_refusal(name: str, tensor: Tensor, *axes: str) -> str | None:
