@@ -20,6 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
     config.addinivalue_line("markers", "large: takes 16 GB of memory and a minute; `make test-large` runs these")
     config.addinivalue_line("markers", "sampled(n): one case in n; `make test-nightly` runs all of them")
+    if torch.cuda.is_available():
+        # float32 is compared with float64: products in IEEE's. `test_tf32.py` is about the other kind.
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
     # Two test processes on two cores: more threads each would only wait for one another.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,13 @@ def test_late(): time.sleep(float(os.environ.get("LATE", 0)))
 """
 
 
-def _tests(tmp_path: Path, seconds: float = 60) -> tuple[dict[str, Any], str]:
+def _tests(tmp_path: Path, seconds: float = 60, processes: int = 1) -> tuple[dict[str, Any], str]:
     suite = tmp_path / "test_suite.py"
     suite.write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     counts: dict[str, Any] = {}
     with pytest.raises(checks.StepFailed) as failed:
-        checks.run_tests(counts, tmp_path, [str(suite)], time.monotonic() + seconds, dry_run=False)
+        checks.run_tests(counts, tmp_path, [str(suite)], time.monotonic() + seconds, dry_run=False, processes=processes)
     return counts, str(failed.value)
 
 
@@ -133,20 +135,29 @@ def test_tests_go_on_after_a_crash(tmp_path: Path) -> None:
     assert reason == "4 passed, 1 failed, 1 skipped, 1 crashed, 0 of 7 not run"
     messages = {failure["test"].rpartition("::")[2]: failure["message"] for failure in counts["failures"]}
     assert "one is not two" in messages["test_wrong"] and "ended in this test" in messages["test_crash"]
-    begun = [json.loads(line).get("begin", "") for line in (tmp_path / "outcomes.jsonl").read_text().splitlines()]
+    begun = [json.loads(line).get("begin", "") for line in (tmp_path / "outcomes-0.jsonl").read_text().splitlines()]
     assert [name for name in begun if name][-1].endswith("[eager-cuda]")  # the library's kernels come first
+
+
+def test_tests_in_several_processes_are_counted_together(tmp_path: Path) -> None:
+    counts, reason = _tests(tmp_path, processes=3)
+    assert reason == "4 passed, 1 failed, 1 skipped, 1 crashed, 0 of 7 not run"
+    assert len(counts["failures"]) == 2 and len(counts["slowest"]) == 6
+    parts = [(tmp_path / f"outcomes-{index}.jsonl").read_text() for index in range(3)]
+    begun = [re.findall(r'"begin": "([^"]*)"', part) for part in parts]
+    assert all(begun) and len({name for names in begun for name in names}) == 7
 
 
 def test_tests_that_hang_leave_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATE", "600")
-    outcomes = tmp_path / "outcomes.jsonl"
+    outcomes = tmp_path / "outcomes-0.jsonl"
 
-    def seconds(child: Child) -> float:
+    def now() -> float:
         """The time is up as soon as the late test has begun, however long the others took to get there."""
         begun = outcomes.exists() and re.search(r'"begin": "[^"]*test_late"', outcomes.read_text())
-        return 600.0 if begun else 0.0
+        return math.inf if begun else 0.0
 
-    monkeypatch.setattr(Child, "seconds", seconds)
+    monkeypatch.setattr(checks, "time", types.SimpleNamespace(monotonic=now, sleep=time.sleep))
     counts, _ = _tests(tmp_path)
     names = ("passed", "failed", "skipped", "crashed", "not_run")
     assert [counts[name] for name in names] == [3, 1, 1, 0, 2]  # not the late one, nor eager's after it

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fpn_kernels
 from fpn_kernels import reference, resampling
-from fpn_kernels.backends import native
+from fpn_kernels.backends import native, selection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -188,7 +188,8 @@ def test_a_pixel_that_is_not_finite(
     for row, column in ((0, 0), (4, 9), (8, 19)):
         spoilt = feature.clone()
         spoilt[0, CIN - 1, row, column] = value
-        result = _convolve(kernel_size, spoilt, weight, bias, target)
+        with selection.record_calls() as calls:
+            result = _convolve(kernel_size, spoilt, weight, bias, target)
         reach = kernel_size // 2
         reads = torch.zeros(1, 1, *SIZE, dtype=torch.bool, device=target.device)
         reads[..., max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = True
@@ -200,7 +201,8 @@ def test_a_pixel_that_is_not_finite(
             torch.testing.assert_close(result[inside], expected, equal_nan=True)
             # Other pixels do not know of it.
             assert torch.equal(result[outside], clean[outside])
-        else:
+        elif target.device != "cuda" or calls[-1][1] != "eager":
+            # Not cuDNN's, which may transform a whole map (seen: 17 channels in float16, NHWC, on an H100).
             # By tiles of Winograd's (at most 6 x 6 results), those of the pixel's own and of its neighbours.
             far = F.max_pool2d(reads.float(), 13, stride=1, padding=6).expand_as(result) == 0
             assert torch.equal(result[far], clean[far])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _TEST_TIMEOUT = "60"
 _MOST_PROCESSES = 6
 _MOST_FAILURES = 100
+_MOST_SLOWEST = 10
+_MOST_SHARDS = 12
+_POLL = 0.05
 
 _SANITIZERS: dict[str, list[str]] = {
     # What PyTorch asks of the driver and expects to be refused is no error of a kernel's.
@@ -42,35 +46,89 @@ class StepSkipped(Exception):  # noqa: N818 - an outcome, with its reason
 
 
 def run_tests(
-    counts: dict[str, Any], folder: Path, chosen: Sequence[str], deadline: float, *, dry_run: bool
+    counts: dict[str, Any],
+    folder: Path,
+    chosen: Sequence[str],
+    deadline: float,
+    *,
+    dry_run: bool,
+    processes: int = 1,
 ) -> str | None:
-    """Runs the tests marked `gpu` in one process, and again from where it stopped if that process is lost.
+    """Runs the tests marked `gpu` in several processes, each of them again from where it stopped if it is lost.
 
     Fills `counts`: collected, passed, failed, skipped, crashed, not_run, failures (test and message), slowest.
     """
-    outcomes = folder / "outcomes.jsonl"
-    outcomes.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    # Where pytest-randomly is installed: what did not run before the time was over should not be a matter of chance.
-    command += ["-p", "no:randomly", "-p", "benchmarks.gpu.outcomes", *chosen]
-    environment = {"OUTCOMES_FILE": str(outcomes), "PYTEST_TIMEOUT": _TEST_TIMEOUT, "PYTEST_ADDOPTS": ""}
-    late = False
-    for _ in range(_MOST_PROCESSES):
-        before = _lines(outcomes)
-        child = Child(command, folder / "tests.log", ROOT, environment)
-        late = not child.wait(deadline - time.monotonic())
-        counts.clear()
-        counts.update(_counted(_lines(outcomes), stopped=late))
-        # 5: nothing collected that was not there already.
-        if late or counts["not_run"] == 0 or len(_lines(outcomes)) == len(before):
-            break
+    shards = [_Shard(folder, chosen, index, processes) for index in range(processes)]
+    running = shards
+    try:
+        while running and time.monotonic() < deadline:
+            running = [shard for shard in running if not shard.is_done()]
+            time.sleep(_POLL)
+    finally:
+        late = [shard.stop() for shard in shards]
+    parts = [_counted(shard.lines(), stopped=stopped) for shard, stopped in zip(shards, late, strict=True)]
+    counts.update(_added(parts))
     if not counts["collected"]:
+        child = shards[0].child
         raise StepFailed(f"no test was collected: {child.how_it_ended()}; {child.last_line()}")
     said = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
     said += f", {counts['crashed']} crashed, {counts['not_run']} of {counts['collected']} not run"
     if counts["failed"] or counts["crashed"] or not (counts["passed"] or dry_run):
         raise StepFailed(said)
-    return said + (" (no time left)" if late else "")
+    return said + (" (no time left)" if any(late) else "")
+
+
+def processes_for_tests() -> int:
+    """Three for four cores: most of a test is compilation, and each process has a CUDA context of its own."""
+    return max(1, min(_MOST_SHARDS, (os.cpu_count() or 1) * 3 // 4))
+
+
+class _Shard:
+    """Every so many-th of the tests, in a process of its own."""
+
+    def __init__(self, folder: Path, chosen: Sequence[str], index: int, count: int) -> None:
+        self._outcomes = folder / f"outcomes-{index}.jsonl"
+        self._outcomes.unlink(missing_ok=True)
+        self._command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        # Where pytest-randomly is installed: what did not run before the time was over should not be chance.
+        self._command += ["-p", "no:randomly", "-p", "benchmarks.gpu.outcomes", *chosen]
+        self._environment = {"OUTCOMES_FILE": str(self._outcomes), "OUTCOMES_SHARD": f"{index}/{count}"}
+        self._environment |= {"PYTEST_TIMEOUT": _TEST_TIMEOUT, "PYTEST_ADDOPTS": ""}
+        self._log = folder / f"tests-{index}.log"
+        self._begin()
+
+    def _begin(self) -> None:
+        self._before = len(self.lines())
+        self.child = Child(self._command, self._log, ROOT, self._environment)
+        self._begun = getattr(self, "_begun", 0) + 1
+
+    def lines(self) -> list[dict[str, Any]]:
+        return _lines(self._outcomes)
+
+    def is_done(self) -> bool:
+        """Whether all of it had its turn, or another process would get no further; begins that other one."""
+        if self.child.status() is None:
+            return False
+        lines = self.lines()
+        left = _counted(lines, stopped=False)["not_run"]
+        if left == 0 or len(lines) == self._before or self._begun == _MOST_PROCESSES:
+            return True
+        self._begin()
+        return False
+
+    def stop(self) -> bool:
+        """Ends it; whether it still ran."""
+        running = self.child.status() is None
+        self.child.kill()
+        return running
+
+
+def _added(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several shards as those of one."""
+    total = {name: sum(part[name] for part in parts) for name, value in parts[0].items() if isinstance(value, int)}
+    failures = [failure for part in parts for failure in part["failures"]]
+    slowest = sorted((test for part in parts for test in part["slowest"]), key=lambda test: -test["seconds"])
+    return {**total, "failures": failures[:_MOST_FAILURES], "slowest": slowest[:_MOST_SLOWEST]}
 
 
 def _lines(outcomes: Path) -> list[dict[str, Any]]:
@@ -89,7 +147,7 @@ def _counted(lines: Sequence[dict[str, Any]], *, stopped: bool) -> dict[str, Any
     outcomes = Counter(line["outcome"] for line in ended.values())
     failures = [{"test": n, "message": line.get("message", "")} for n, line in ended.items() if _failed(line)]
     failures += [{"test": name, "message": "the process ended in this test"} for name in crashed]
-    slowest = sorted(ended.values(), key=lambda line: -line["seconds"])[:10]
+    slowest = sorted(ended.values(), key=lambda line: -line["seconds"])[:_MOST_SLOWEST]
     collected = next((line["collected"] for line in lines if "collected" in line), 0)
     return {
         "collected": collected,

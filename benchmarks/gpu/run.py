@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.gpu import document as documents
 from benchmarks.gpu import rows
-from benchmarks.gpu.checks import StepFailed, StepSkipped, run_sanitizer, run_tests
+from benchmarks.gpu.checks import StepFailed, StepSkipped, processes_for_tests, run_sanitizer, run_tests
 from benchmarks.gpu.children import Child
 from benchmarks.gpu.document import Document
 from benchmarks.gpu.rows import Plan, Unit
@@ -94,7 +94,7 @@ class Run:
             Step("environment", self._environment, 15, 60),
             Step("build", self._build, 20, 180),
             Step("smoke", self._smoke, 25, 45),
-            Step("tests", self._tests, 40, 100),
+            Step("tests", self._tests, 40, 110),
             Step("ceilings", self._ceilings, 15, 30),
             Step("headline", self._headline, 60, 130),
             Step("max-autotune", self._max_autotune, 25, 80),
@@ -287,7 +287,9 @@ class Run:
 
     def _tests(self, deadline: float) -> str | None:
         chosen = ["tests/test_upsample_add.py"] if self.options.dry_run else []
-        return run_tests(self.document["tests"], self.options.logs, chosen, deadline, dry_run=self.options.dry_run)
+        dry, logs = self.options.dry_run, self.options.logs
+        processes = 1 if dry else processes_for_tests()
+        return run_tests(self.document["tests"], logs, chosen, deadline, dry_run=dry, processes=processes)
 
     def _sanitizer(self, deadline: float) -> str | None:
         sample = rows.sample(self._backends())
