@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import Gauge
 from benchmarks.options import DTYPES
+from fpn_kernels.backends import convolution
 
 
 def bench_copy(moment: str, harness: Gauge) -> None:
@@ -72,7 +73,7 @@ def _tf32_alike(product: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def call() -> Tensor:
         switch = torch.backends.cuda.matmul
         before = switch.allow_tf32
-        switch.allow_tf32 = torch.backends.cudnn.allow_tf32
+        switch.allow_tf32 = convolution.tf32_is_allowed()
         try:
             return product()
         finally:

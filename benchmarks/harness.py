@@ -15,6 +15,7 @@ from benchmarks import providers
 from benchmarks.cases import EAGER, TRAINING, Case
 from benchmarks.clock import Clock
 from benchmarks.workloads import Workload, tensors, training_step
+from fpn_kernels.backends import convolution
 from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
 
 # Largest error allowed against eager, as a fraction of eager's largest value. Both round at most twice on the way
@@ -229,7 +230,7 @@ def check(
                 raise WrongResultError(f"result {index} differs from eager in {int((got != want).sum())} elements")
             continue
         tolerance = TOLERANCE[want.dtype]
-        if want.is_cuda and want.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        if want.is_cuda and want.dtype == torch.float32 and convolution.tf32_is_allowed():
             tolerance = _TF32
         got, want = got.detach(), want.detach()
         tolerance *= depth

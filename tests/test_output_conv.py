@@ -14,6 +14,7 @@ from levels import AVX512, limited
 from samples import LAYOUTS, random_map
 from targets import Target
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -465,6 +466,16 @@ def test_the_layout_to_ask_for(dtype: torch.dtype) -> None:
     with fpn_kernels.use_backend("eager"):
         assert functional.output_conv_format(large) == torch.preserve_format
     assert functional.output_conv_format(torch.empty_like(large, device="meta")) == torch.preserve_format
+
+
+def test_the_layout_to_ask_for_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where autograd records the convolution, one layout throughout."""
+    monkeypatch.setattr(functional, "_output_conv_format", lambda device_type, dtype: torch.channels_last)
+    with FakeTensorMode():
+        feature = torch.empty(1, 1, 64, 64, device="cuda:0")
+    assert functional.output_conv_format(feature) == torch.channels_last
+    assert functional.output_conv_format(feature, recorded=True) == torch.preserve_format
+    assert functional.output_conv_format(torch.empty(1, 1, 64, 64), recorded=True) == torch.channels_last
 
 
 @compiled

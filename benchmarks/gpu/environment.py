@@ -80,7 +80,7 @@ def collect(device_type: str) -> dict[str, Any]:
     import fpn_kernels
     from benchmarks import machine, providers
     from benchmarks.cases import COMPILE
-    from fpn_kernels.backends import selection
+    from fpn_kernels.backends import convolution, selection
 
     available = fpn_kernels.available_backends()
     names = [provider.name for provider in providers.providers(device_type, "quick", available, compiled=True)]
@@ -103,7 +103,7 @@ def collect(device_type: str) -> dict[str, Any]:
         "compute_sanitizer": shutil.which("compute-sanitizer") is not None,
         "fpn_kernels": fpn_kernels.__version__,
         "commit": git_commit(),
-        "tf32_convolutions": bool(torch.backends.cudnn.allow_tf32),
+        "tf32_convolutions": convolution.tf32_is_allowed(),
         "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
         "backends": list(available),
         "not_here": {b.name: why for b in selection.backends() if (why := b.unavailable()) is not None},

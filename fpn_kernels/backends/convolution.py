@@ -60,6 +60,15 @@ def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
     return result_format(grad) == torch.contiguous_format and is_large(grad, _MANY_PIXELS)
 
 
+def tf32_is_allowed() -> bool:
+    """PyTorch's switch for convolutions of float32 on CUDA.
+
+    The older `torch.backends.cudnn.allow_tf32` raises where the newer ones differ for convolutions and for RNNs.
+    """
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
+
+
 def gradients_are_atens(device_type: str) -> bool:
     """Whether both gradients of a 3x3 convolution are ATen's, of any map: on a CPU they are chosen map by map."""
     return device_type != "cpu"

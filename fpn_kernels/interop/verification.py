@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fpn_kernels.backends import convolution
 from fpn_kernels.interop.comparison import first_difference, tolerance
 
 
@@ -57,7 +58,7 @@ def _limit(module: nn.Module, outputs: Any) -> float:
     dtypes = {tensor.dtype for tensor in tensors}
     devices = {tensor.device.type for tensor in tensors}
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
-    return tolerance(*dtypes, tf32="cuda" in devices and torch.backends.cudnn.allow_tf32)
+    return tolerance(*dtypes, tf32="cuda" in devices and convolution.tf32_is_allowed())
 
 
 @contextlib.contextmanager

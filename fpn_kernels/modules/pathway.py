@@ -40,14 +40,17 @@ def pyramid(
     """
     # Found once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
     outputs = [find_parameters(block, 3) for block in output_blocks]
-    some = any(parameters is not None for parameters in outputs)
+    given = [parameters[0] for parameters in outputs if parameters is not None]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *features))
     merged = merge_levels(
         features,
         inner_blocks,
         mode=mode,
         gain=gain,
         scale_factor=scale_factor,
-        memory_format=functional.output_conv_format(features[0]) if some else torch.preserve_format,
+        memory_format=(
+            functional.output_conv_format(features[0], recorded=recorded) if given else torch.preserve_format
+        ),
         find_parameters=find_parameters,
     )
     convolved = _output_maps(features, merged, outputs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels import resampling
+from fpn_kernels.backends import convolution
 
 INT32_REACH = 2**31 - 1
 
@@ -105,6 +106,4 @@ def arithmetic_of(feature: Tensor) -> str:
     """
     if feature.dtype != torch.float32:
         return "half"
-    # The getter resolves "none" through the settings above it, and agrees with the older `allow_tf32`.
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if feature.is_cuda and precision == "tf32" else "ieee"
+    return "tf32" if feature.is_cuda and convolution.tf32_is_allowed() else "ieee"

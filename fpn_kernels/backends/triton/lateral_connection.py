@@ -184,7 +184,7 @@ def connect(
     top_n, top_c, top_y, top_x,
     out_n, out_c, out_p,
     pixel_tiles, channel_tiles,
-    MODE: tl.constexpr, HAS_TOP: tl.constexpr,
+    MODE: tl.constexpr, HAS_TOP: tl.constexpr, DOUBLED: tl.constexpr,
     ARITHMETIC: tl.constexpr, PIXELS_LAST: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     FEATURE_CHANNELS: tl.constexpr, FEATURE_PIXELS: tl.constexpr,
     WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
@@ -203,7 +203,9 @@ def connect(
     c = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
     k = tl.arange(0, DEPTH)
     pixels = known_multiple(height * width, FEATURE_PIXELS)
-    out_channels = known_multiple(known_multiple(out_channels, WEIGHT_OUT), TOP)
+    out_channels = known_multiple(out_channels, WEIGHT_OUT)
+    if not DOUBLED:
+        out_channels = known_multiple(out_channels, TOP)
     in_channels = known_multiple(known_multiple(in_channels, FEATURE_CHANNELS), WEIGHT_IN)
     if PIXELS_LAST:
         pixels = known_multiple(pixels, OUT)
@@ -254,13 +256,24 @@ def connect(
         addend = tl.load(bias + along(widened(c, WIDE), bias_o, BIAS), mask=channel_inside, other=0.0).to(tl.float32)
         total += _by_channel(addend, PIXELS_LAST)
     await_previous(FOLLOWS)
-    if HAS_TOP:
+    top_start = top + widened(n, WIDE) * known_multiple(top_n, TOP)
+    if HAS_TOP and DOUBLED:
+        # A coarse pixel for each pair of fine ones, which lie in one row: the width is even.
+        columns = known_multiple(top_width, TOP)
+        pair = pixel_tile * (PIXELS // 2) + tl.arange(0, PIXELS // 2)
+        row = pair // columns
+        top_pixel = widened(row // 2, WIDE) * known_multiple(top_y, TOP)
+        top_pixel += along(widened(pair - row * columns, WIDE), top_x, TOP)
+        top_channel = widened(c, WIDE) * known_multiple(top_c, TOP)
+        pairs_inside = channel_inside[:, None] & (pair < height * columns)[None, :]
+        coarse = tl.load(top_start + (top_channel[:, None] + top_pixel[None, :]), mask=pairs_inside, other=0.0)
+        total = gain * (total + tl.interleave(coarse, coarse).to(tl.float32))
+    elif HAS_TOP:
         source_y = nearest_source(y, scale_y, top_height, MODE)
         source_x = nearest_source(x, scale_x, top_width, MODE)
         top_pixel = widened(source_y, WIDE) * known_multiple(top_y, TOP)
         top_pixel += widened(source_x, WIDE) * known_multiple(top_x, TOP)
         top_channel = along(widened(c, WIDE), top_c, TOP)
-        top_start = top + widened(n, WIDE) * known_multiple(top_n, TOP)
         place = _by_pixel(top_pixel, PIXELS_LAST) + _by_channel(top_channel, PIXELS_LAST)
         coarse = tl.load(top_start + place, mask=inside, other=0.0)
         total = gain * (total + coarse.to(tl.float32))
@@ -294,6 +307,11 @@ def plan(
     out_channels = weight.shape[0]
     top_height, top_width = (height, width) if top is None else top.shape[2:]
     pixels_last = upsample_add.walk_of(out) == "planes"
+    # Where a row of coarse pixels is contiguous, or may be, and each is read by two pixels of a tile's row.
+    doubled = pixels_last and top is not None and (height, width) == (2 * top_height, 2 * top_width)
+    top_access = 0
+    if top is not None:
+        top_access = geometry.alignment(top, 3, top_width) if doubled else geometry.alignment(top, 1, out_channels)
     flat_out = out.view(batch, out_channels, height * width)
     flat = geometry.pixels_are_flat(feature)
     by_channels = geometry.alignment(feature, 1, in_channels)
@@ -338,6 +356,7 @@ def plan(
         {
             "MODE": mode,
             "HAS_TOP": top is not None,
+            "DOUBLED": doubled,
             "ARITHMETIC": arithmetic,
             "PIXELS_LAST": pixels_last,
             "FLAT": flat,
@@ -347,7 +366,7 @@ def plan(
             "WEIGHT_IN": weight_in,
             "WEIGHT_OUT": weight_out,
             "BIAS": None if bias is None else geometry.alignment(bias, 0, out_channels),
-            "TOP": 0 if top is None else geometry.alignment(top, 1, out_channels),
+            "TOP": top_access,
             "OUT": out_alignment,
             "PIXELS": config.pixels,
             "CHANNELS": config.channels,
@@ -426,7 +445,7 @@ def lateral_connection(
 _LAYOUTS = {
     # feature's alignment by channels and by pixels, weight's by input and by output channels, top, out, transposed tile
     "nhwc": (16, 0, 16, 0, 16, 16, False),
-    "nchw": (0, 16, 16, 0, 0, 16, True),
+    "nchw": (0, 16, 16, 0, 16, 16, True),
     # NCHW in and NHWC out, the weight transposed as in the gradient of the feature.
     "mixed": (0, 16, 0, 16, 16, 16, False),
     # Counts that are even and no more, as of 150 x 225 maps.
@@ -434,9 +453,9 @@ _LAYOUTS = {
     "strided": (0, 0, 0, 0, 0, 1, True),
 }
 _COMPILED = {
-    "large": ("nhwc", "nchw", "mixed", "even", "nhwc-alone", "nhwc-wide", "nhwc-crop"),
-    "medium": ("nhwc", "nchw", "mixed", "even", "nhwc-alone", "nhwc-wide", "nhwc-crop"),
-    "small": ("nhwc", "nchw", "mixed", "even-wide", "nhwc-alone"),
+    "large": ("nhwc", "nchw", "nchw-gather", "mixed", "even", "nhwc-alone", "nhwc-wide", "nhwc-crop"),
+    "medium": ("nhwc", "nchw", "nchw-gather", "mixed", "even", "nhwc-alone", "nhwc-wide", "nhwc-crop"),
+    "small": ("nhwc", "nchw", "nchw-gather", "mixed", "even-wide", "nhwc-alone"),
     "narrow": ("strided",),
 }
 
@@ -460,12 +479,13 @@ def connect_variant(
         ("gain", "scale_y", "scale_x"),
         {
             **{"MODE": "nearest", "HAS_TOP": special != "alone", "ARITHMETIC": arithmetic},
+            "DOUBLED": name == "nchw" and special not in ("alone", "gather"),
             "PIXELS_LAST": pixels_last,
             "FLAT": name != "strided" and special != "crop",
             "WIDE": name == "strided" or special == "wide",
             **{"FEATURE_CHANNELS": by_channels, "FEATURE_PIXELS": by_pixels},
             **{"WEIGHT_IN": weight_in, "WEIGHT_OUT": weight_out},
-            **{"BIAS": 16 if dense else 0, "TOP": top, "OUT": out},
+            **{"BIAS": 16 if dense else 0, "TOP": 0 if special == "gather" else top, "OUT": out},
             **{"PIXELS": config.pixels, "CHANNELS": config.channels, "DEPTH": config.depth},
             **{"FOLLOWS": link.follows, "LEADS": link.leads},
         },
