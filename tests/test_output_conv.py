@@ -238,55 +238,6 @@ def test_double_backward_in_float32(target: Target) -> None:
         assert oracle.error(result, exact) <= 1e-5
 
 
-@pytest.fixture
-def as_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both gradients are ATen's, whatever the map."""
-    monkeypatch.setattr(convolution, "gradients_are_atens", lambda device_type: True)
-
-
-@pytest.mark.usefixtures("as_on_other_devices")
-def test_pytorchs_own_autograd_records_its_own_convolution() -> None:
-    inputs = [tensor.requires_grad_() for tensor in _inputs(CASES[1], torch.float64, "cpu")]
-    for asked in FORMATS.values():
-        with fpn_kernels.use_backend("eager"), fpn_kernels.backends.selection.record_calls() as calls:
-            result = fpn_kernels.output_conv(*inputs, memory_format=asked)
-            again = fpn_kernels.output_conv(*inputs, memory_format=asked)
-        assert calls == [("output_conv", "eager")] * 2
-        assert type(result.grad_fn).__name__ in ("ConvolutionBackward0", "CloneBackward0")
-        assert torch.equal(result, again)
-        wanted = torch.channels_last if asked == torch.channels_last else torch.contiguous_format
-        assert result.is_contiguous(memory_format=wanted)
-    ours = torch.autograd.grad(result, inputs, torch.ones_like(result))
-    theirs = torch.autograd.grad(oracle.output_conv(*inputs), inputs, torch.ones_like(result))
-    for gradient, exact in zip(ours, theirs, strict=True):
-        assert oracle.error(gradient, exact) <= 1e-13
-
-    def convolve(*tensors: Tensor) -> Tensor:
-        return fpn_kernels.output_conv(*tensors)
-
-    small = [tensor.requires_grad_() for tensor in _inputs(Case(1, 2, 2, (3, 2)), torch.float64, "cpu")]
-    with fpn_kernels.use_backend("eager"):
-        assert torch.autograd.gradcheck(convolve, small) and torch.autograd.gradgradcheck(convolve, small)
-
-
-@pytest.mark.usefixtures("as_on_other_devices")
-@pytest.mark.parametrize("wanted", [(True, False, True), (False, True, True), (False, False, True)], ids=str)
-def test_it_does_not_where_it_would_keep_what_one_gradient_does_not_need(wanted: tuple[bool, ...]) -> None:
-    inputs = _inputs(CASES[0], torch.float32, "cpu")
-    for tensor, wants in zip(inputs, wanted, strict=True):
-        tensor.requires_grad_(wants)
-    with fpn_kernels.use_backend("eager"):
-        result = fpn_kernels.output_conv(*inputs)
-    assert type(result.grad_fn).__name__ == "output_convBackward"
-
-
-@pytest.mark.usefixtures("as_on_other_devices")
-@pytest.mark.skipif(native.load_error() is not None, reason="another backend than eager")
-def test_it_does_not_where_another_backend_serves() -> None:
-    inputs = [tensor.requires_grad_() for tensor in _inputs(CASES[0], torch.float32, "cpu")]
-    assert type(fpn_kernels.output_conv(*inputs).grad_fn).__name__ == "output_convBackward"
-
-
 # ----------------------------------------------------------------------------------------- PyTorch citizenship
 
 

@@ -114,14 +114,7 @@ def _recorded(
     if not (feature.requires_grad and weight.requires_grad and convolution.gradients_are_atens(feature.device.type)):
         return None
     arguments = (feature, weight, bias, memory_format)
-    try:
-        prepared = prepare(*arguments)
-    except selection.Explained as explained:
-        found = explained.explanation
-        if found.backend == eager.BACKEND.name or _node_pays(feature):
-            raise
-        refusals = {**found.refusals, found.backend: "autograd records the call: PyTorch's own node is shorter"}
-        raise selection.Explained(selection.Explanation("output_conv", eager.BACKEND.name, refusals)) from None
+    prepared = prepare(*arguments)
     result: Tensor | None = None
     if prepared.backend == eager.BACKEND.name:
         result = prepared(*arguments)
