@@ -28,7 +28,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Tells which backend would serve a call with these arguments, and why each one before it would not.
 
     The call goes its whole way (checks, autocast, selection) and ends where a kernel would be launched; nothing is
-    computed.  It is asked about without autograd, under which a 3x3 convolution of a small map on CUDA is PyTorch's own.
+    computed.  It is asked about without autograd, which records a 3x3 convolution of a small map on CUDA as PyTorch's.
 
     Args:
         operator: the name of an operator, such as ``"upsample_add"``, or the public function itself.

@@ -10,6 +10,7 @@ import pytest
 from benchmark_runs import entry, write
 
 from benchmarks import readme, records
+from benchmarks.gpu import document, table
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = "800x1280 C2 b1 bf16 NHWC"
@@ -52,3 +53,9 @@ def test_the_readme_shows_the_run_that_it_names() -> None:
     text = (ROOT / "README.md").read_text()
     (name,) = re.findall(r"\(benchmarks/results/(cpu-[\w.-]+\.json)\)", text)
     assert readme.table(records.load(ROOT / "benchmarks" / "results" / name)) in text
+
+
+def test_the_readme_shows_the_gpu_run_that_it_names() -> None:
+    text = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"\(benchmarks/results/(nvidia-[\w.-]+\.json)\)", text)
+    assert table.to_readme(document.load(ROOT / "benchmarks" / "results" / name)) in text

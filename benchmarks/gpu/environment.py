@@ -93,7 +93,7 @@ def collect(device_type: str) -> dict[str, Any]:
         "nvidia_smi": nvidia_smi(),
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": machine.triton_version(),
