@@ -87,7 +87,7 @@ TABLE = {
 }
 
 # Arithmetics whose calls go to the other kernel, `lateral_connection_descriptors`, where it serves them.  None: on an
-# H100 its best tile took, in the order above, 42.6, 22.9, 18.0 and 19.9 us, and on eight images of the first size 263
+# H100 its best tile took, in the order above, 42.6, 22.9, 17.0 and 17.2 us, and on eight images of the first size 263
 # to this one's 267.  FPN_KERNELS_AUTOTUNE measures both, class of calls by class of calls.
 DESCRIPTORS: frozenset[str] = frozenset()
 
