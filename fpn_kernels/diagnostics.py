@@ -17,7 +17,7 @@ from fpn_kernels.version import __version__
 OPERATORS = (
     *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
     *("top_down_pathway", "weighted_merge", "weighted_merge_backward"),
-    *("output_conv", "output_conv_levels", "output_conv_backward_weight", "reorder"),
+    *("output_conv", "output_conv_levels", "output_conv_backward_weight", "reorder", "channel_sums"),
 )
 
 # Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
@@ -94,6 +94,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
         "output_conv_levels": (((fine, top), (taps, taps)), {}),
         "output_conv_backward_weight": ((fine, fine), {}),
         "reorder": ((fine,), {"memory_format": torch.channels_last}),
+        "channel_sums": ((fine,), {}),
     }
 
 

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fpn_kernels import resampling  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
+    channel_sums,
     geometry,
     lateral_connection,
     merge_backward,
@@ -178,6 +179,8 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     weighted_merge.weighted_merge(fine, fine, fine, torch.empty(3), "nearest")
     weighted_merge_backward.weighted_merge_backward(fine, fine, torch.empty(()))
     merge_backward.merge_backward(fine, (16, 32), None, "nearest", 1.0)
+    if layout == torch.channels_last:
+        channel_sums.channel_sums(fine)
     lateral_connection.lateral_connection(
         fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
     )
@@ -189,7 +192,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         # The weights packed, then P2 alone, P3 alone, P4 and P5 together.
         pyramid = [torch.empty(1, 256, *size, dtype=fine.dtype, memory_format=layout) for size in output_conv._PYRAMID]
         output_conv.output_conv_levels(pyramid, [kernel] * 4, [bias] * 4, None)
-    assert len(launched) == 18 + (4 + 4) * (layout == torch.channels_last)
+    assert len(launched) == 18 + (2 + 4 + 4) * (layout == torch.channels_last)
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)
@@ -203,6 +206,7 @@ def test_every_table_is_compiled() -> None:
         ("upsample_add-", upsample_add),
         ("upsample_add_backward-", upsample_add_backward),
         ("merge_backward-", upsample_add_backward),
+        ("channel_sums-", channel_sums),
         ("weighted_merge-", weighted_merge),
         ("weighted_merge_backward-", weighted_merge_backward),
     ):

@@ -75,7 +75,7 @@ def test_the_layout_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_selection_asks() -> None:
     backend = {each.name: each for each in selection.backends()}["triton"]
     asked = {name: each.only_forced for name, each in backend.implementations.items() if each.only_forced is not None}
-    assert set(asked) == {"output_conv", "output_conv_levels", "top_down_pathway"}
+    assert set(asked) == {"output_conv", "output_conv_levels", "top_down_pathway", "channel_sums"}
     assert all(getattr(preference, name) is predicate for name, predicate in asked.items())
 
 

@@ -190,6 +190,10 @@ def output_conv_backward_weight(
     return convolution.gradient_of_weight(grad, feature, wants_bias, memory_format)
 
 
+def channel_sums(source: Tensor) -> Tensor:
+    return sum_per_channel(source, 1.0)
+
+
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     return allocate(source.shape, source, memory_format).copy_(source)
 
@@ -206,6 +210,7 @@ BACKEND = Backend(
         for run in (
             *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
             *(weighted_merge, weighted_merge_backward, output_conv, output_conv_backward_weight, reorder),
+            channel_sums,
         )
     },
 )

@@ -1,6 +1,7 @@
 """The torch operators: schema, fake implementation and autograd formula, one file each."""
 
 from fpn_kernels.operators import (
+    channel_sums,
     lateral_connection,
     merge_backward,
     output_conv,
@@ -15,6 +16,7 @@ from fpn_kernels.operators import (
 )
 
 __all__ = [
+    "channel_sums",
     "lateral_connection",
     "merge_backward",
     "output_conv",

@@ -89,7 +89,10 @@ def gradients(
         return grad_feature, None, grad_bias
     assert feature is not None
     if wants_feature and not by_adjoint:
-        return convolution.gradients(grad, feature, weight, wants_bias)
+        # cuDNN has no gradient of a bias: ATen would add it up in a launch of its own, and a slow one.
+        apart = wants_bias and grad.device.type == "cuda"
+        grad_feature, grad_weight, grad_bias = convolution.gradients(grad, feature, weight, wants_bias and not apart)
+        return grad_feature, grad_weight, direct.operators(grad).channel_sums(grad) if apart else grad_bias
     of_weight = direct.operators(grad, feature).output_conv_backward_weight
     grad_weight, grad_bias = of_weight(grad, feature, wants_bias=wants_bias, memory_format=weight_format)
     return grad_feature, grad_weight, grad_bias if wants_bias else None

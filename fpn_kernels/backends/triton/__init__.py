@@ -8,6 +8,7 @@
     upsample_add.py             upsample_add
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
     merge_backward.py           grad_top and grad_bias in one pass
+    channel_sums.py             a map's sums over its pixels: grad_bias where nothing else is to be read
     lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product
     weighted_merge.py           two or three maps by factors that stay on the device
     weighted_merge_backward.py  what one of them and its factor are owed
@@ -62,6 +63,7 @@ BACKEND = Backend(
             ("upsample_add_backward", eligibility.upsample_add_backward, {}),
             ("lateral_connection", eligibility.lateral_connection, {}),
             ("merge_backward", eligibility.merge_backward, {}),
+            ("channel_sums", eligibility.channel_sums, {"only_forced": preference.channel_sums}),
             ("weighted_merge", eligibility.weighted_merge, {}),
             ("weighted_merge_backward", eligibility.weighted_merge_backward, {}),
             (

@@ -79,6 +79,7 @@ def variant(
 def all_variants() -> Iterator[Variant]:
     """Every configuration of every table, on dense aligned maps, and once a kernel on strided ones."""
     from fpn_kernels.backends.triton import (
+        channel_sums,
         lateral_connection,
         lateral_connection_descriptors,
         merge_backward,
@@ -90,7 +91,14 @@ def all_variants() -> Iterator[Variant]:
         weighted_merge_backward,
     )
 
-    merges = (upsample_add, upsample_add_backward, merge_backward, weighted_merge, weighted_merge_backward)
+    merges = (
+        upsample_add,
+        upsample_add_backward,
+        merge_backward,
+        weighted_merge,
+        weighted_merge_backward,
+        channel_sums,
+    )
     matrix_products = (lateral_connection, lateral_connection_descriptors, top_down_pathway, output_conv)
-    for module in (*merges, *matrix_products):
+    for module in (*merges, channel_sums, *matrix_products):
         yield from module.variants()

@@ -142,6 +142,15 @@ def merge_backward(grad: Tensor, top_size: tuple[int, int], own: Tensor | None, 
     return upsample_add_backward(grad, top_size, mode, gain)
 
 
+def channel_sums(source: Tensor) -> str | None:
+    refusal = _tensor_refusal(source)
+    if refusal is None and not source.is_contiguous(memory_format=torch.channels_last):
+        refusal = "the kernel adds up dense NHWC maps"
+    if refusal is None and source.shape[0] * source.shape[2] * source.shape[3] >= 2**30:
+        refusal = "2**30 pixels or more: the kernel counts them in int32"
+    return refusal
+
+
 def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> str | None:
     resized = [x for x in (second, third) if x is not None and x.shape != first.shape]
     if len(resized) > 1:

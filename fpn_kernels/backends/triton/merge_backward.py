@@ -41,6 +41,18 @@ def sum_partials(partials, bias, gain, count, channels, ROWS: tl.constexpr, COLU
     tl.store(bias + c, rounded(gain * tl.sum(total, axis=0), bias.dtype.element_ty), mask=inside)
 
 
+def reduction(like: Tensor, count: int) -> launching.Launch:
+    """What adds up so many partial sums a channel of a map; to be called with partials, bias and gain."""
+    channels = like.shape[1]
+    return launching.Launch(
+        sum_partials,
+        (-(-channels // REDUCTION.columns),),
+        (count, channels),
+        {"ROWS": REDUCTION.rows, "COLUMNS": REDUCTION.columns, "num_warps": REDUCTION.num_warps},
+        like,
+    )
+
+
 @AtOnce
 def merge_backward(
     grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
@@ -51,13 +63,7 @@ def merge_backward(
     # An own gradient that lies in memory as the result does is read at the places that are written anyway.
     alike = own is not None and chosen.window != AREA and geometry.strides(own) == geometry.strides(like)
     adjoint = gather(chosen, grad, like, mode, bias=True, own=alike)
-    reduce = launching.Launch(
-        sum_partials,
-        (-(-channels // REDUCTION.columns),),
-        (chosen.partials, channels),
-        {"ROWS": REDUCTION.rows, "COLUMNS": REDUCTION.columns, "num_warps": REDUCTION.num_warps},
-        grad,
-    )
+    reduce = reduction(grad, chosen.partials)
 
     def run(
         grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
