@@ -41,7 +41,8 @@ def test_the_3x3_where_it_was_measured_faster() -> None:
     assert "no bias" in str(_output_conv(bias=False))
     assert "16 bits" in str(_output_conv(dtype=torch.float32))
     assert "9.0 alone, got 8.0" in str(_output_conv(device=AMPERE))
-    assert "64 to 64" in str(_output_conv((1, 64, 200, 320), 64))
+    assert "256 channels, got 128 to 256" in str(_output_conv((1, 128, 200, 320)))
+    assert "256 channels, got 256 to 255" in str(_output_conv(cout=255))
 
 
 def test_the_levels_of_a_pyramid_where_the_largest_is() -> None:

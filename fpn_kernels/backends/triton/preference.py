@@ -17,6 +17,7 @@ from fpn_kernels.backends.triton import eligibility
 # where cuDNN with the bias took 21.2, and 24 of them (25 x 40) at best 18.0, cuDNN 15.9.
 _FEWEST_TILES = 64
 _TILE_PIXELS = _TILE_CHANNELS = 128
+_FEWEST_CHANNELS = 256
 
 
 def _unmeasured(tensor: Tensor) -> str | None:
@@ -36,8 +37,8 @@ def output_conv(
         return reason
     if bias is None:
         return "cuDNN is faster where no bias is to be added"
-    if min(weight.shape[:2]) < _TILE_CHANNELS:
-        return f"measured with {_TILE_CHANNELS} channels and more alone, got {weight.shape[1]} to {weight.shape[0]}"
+    if min(weight.shape[:2]) < _FEWEST_CHANNELS:
+        return f"not measured below {_FEWEST_CHANNELS} channels, got {weight.shape[1]} to {weight.shape[0]}"
     pixels = feature.shape[0] * feature.shape[2] * feature.shape[3]
     tiles = -(-pixels // _TILE_PIXELS) * -(-weight.shape[0] // _TILE_CHANNELS)
     return None if tiles >= _FEWEST_TILES else f"cuDNN is faster on so small a map, of {pixels} pixels"
