@@ -38,6 +38,7 @@ def target(request: pytest.FixtureRequest) -> Target:
     return chosen
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def _calls() -> dict[str, tuple[Callable[[], object], int]]:
     top, fine = (random_map((1, 64, *size), torch.half, layout="nhwc") for size in ((4, 4), (8, 8)))
     weight = torch.randn(64, 64).half() / 8
     boxes = [c for (kind, _), c in lateral_connection_descriptors.TABLE.items() if kind == "half" and c.channels <= 64]
+    tiles = [size for kind, size in lateral_connection.TABLE if kind == "half" and size != "narrow"]
     return {
         "upsample_add": (
             lambda: upsample_add.upsample_add(top, fine, "nearest", 1.0),
@@ -223,11 +225,11 @@ def _calls() -> dict[str, tuple[Callable[[], object], int]]:
         ),
         "lateral_connection": (
             lambda: lateral_connection.lateral_connection(fine, weight, None, top, "nearest", 1.0, None),
-            2 + len(boxes),
+            len(tiles) + len(boxes),
         ),
         "bilinear": (
             lambda: lateral_connection.lateral_connection(fine, weight, None, top, "bilinear", 1.0, None),
-            2 + len(boxes) + len(upsample_add.TABLE["channels", "bilinear", 2]),
+            len(tiles) + len(boxes) + len(upsample_add.TABLE["channels", "bilinear", 2]),
         ),
     }
 
@@ -257,17 +259,20 @@ def test_output_conv_is_measured_in_both_orientations(cache: pathlib.Path, monke
     launched: list[object] = []
     plan = output_conv.plan
 
-    def recorded(levels: object, config: object, *rest: object) -> object:
+    def recorded(levels: Any, config: Any, *rest: Any, **more: Any) -> object:
         launched.append(config)
-        return plan(levels, config, *rest)  # type: ignore[arg-type]
+        return plan(levels, config, *rest, **more)
 
     monkeypatch.setattr(output_conv, "plan", recorded)
     feature = random_map((1, 16, 8, 16), torch.half, layout="nhwc")
     weight = torch.randn(68, 16, 3, 3).half() / 12
     with _choosing_last(monkeypatch):
         result = output_conv.output_conv(feature, weight, None, None)
-    medium, small = output_conv.TABLE["half", "medium"], output_conv.TABLE["half", "small"]
-    assert launched == [medium, medium.turned, small, small]
+    large, wide, medium, short, small = (
+        output_conv.TABLE["half", size] for size in ("large", "wide", "medium", "short", "small")
+    )
+    # Square ones once; and the last, which is to be the fastest, for the call itself.
+    assert launched == [large, wide, wide.turned, medium, medium.turned, short, small, small]
     expected = torch.nn.functional.conv2d(feature.float(), weight.float(), padding=1)
     torch.testing.assert_close(result.float(), expected, rtol=2**-9, atol=2**-9)
 
