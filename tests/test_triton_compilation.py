@@ -60,7 +60,7 @@ def _machine_code(compiled: Any, capability: int, directory: Path) -> str:
     return code
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("capability", CHIPS, ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize("description", VARIANTS)
 def test_machine_code(description: str, capability: int, tmp_path: Path) -> None:

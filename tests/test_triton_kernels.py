@@ -150,15 +150,15 @@ def test_every_tile_of_lateral_connection(key: tuple[str, str], monkeypatch: pyt
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("top_size", [(4, 8), (3, 5), (1, 1), (9, 16)], ids=str)
+@pytest.mark.parametrize("top_size", [(4, 8), (3, 5), (1, 1), (5, 16)], ids=str)
 def test_pairs_of_pixels_read_one_coarse_pixel(top_size: tuple[int, int], dtype: torch.dtype) -> None:
     """NCHW results at ratio 2: tiles that end within a row, rows of any count, and tops of any strides."""
     size = (2 * top_size[0], 2 * top_size[1])
-    wide = random_map((2, 69, top_size[0], 2 * top_size[1] + 1), dtype)
-    tops = [random_map((2, 69, *top_size), dtype, layout=layout) for layout in FORMATS]
+    wide = random_map((2, 37, top_size[0], 2 * top_size[1] + 1), dtype)
+    tops = [random_map((2, 37, *top_size), dtype, layout=layout) for layout in FORMATS]
     for top in (*tops, wide[..., 1::2], wide[..., : top_size[1]], tops[0][:1].expand(2, -1, -1, -1)):
-        feature, weight = random_map((2, 20, *size), dtype), random_map((1, 1, 69, 20), dtype)[0, 0] / 4
-        out = _poisoned((2, 69, *size), dtype, "nchw")
+        feature, weight = random_map((2, 20, *size), dtype), random_map((1, 1, 37, 20), dtype)[0, 0] / 4
+        out = _poisoned((2, 37, *size), dtype, "nchw")
         lateral_connection.launch(feature, weight, None, top, out, "nearest-exact", 0.7)
         _close(out, oracle.lateral_connection(feature, weight, None, top, "nearest-exact", 0.7), 32.0)
 
