@@ -95,12 +95,13 @@ class _Shard:
         self._environment = {"OUTCOMES_FILE": str(self._outcomes), "OUTCOMES_SHARD": f"{index}/{count}"}
         self._environment |= {"PYTEST_TIMEOUT": _TEST_TIMEOUT, "PYTEST_ADDOPTS": ""}
         self._log = folder / f"tests-{index}.log"
+        self._begun = 0
         self._begin()
 
     def _begin(self) -> None:
         self._before = len(self.lines())
         self.child = Child(self._command, self._log, ROOT, self._environment)
-        self._begun = getattr(self, "_begun", 0) + 1
+        self._begun += 1
 
     def lines(self) -> list[dict[str, Any]]:
         return _lines(self._outcomes)
