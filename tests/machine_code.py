@@ -25,6 +25,9 @@ def source_of(variant: Any) -> Any:
     """What Triton compiles a `compiled.Variant` from."""
     from triton.compiler import ASTSource
 
+    if hasattr(variant.kernel, "is_gluon") and variant.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
     return ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))
 
 

@@ -27,8 +27,10 @@ from fpn_kernels.backends.triton import (  # noqa: E402
     channel_sums,
     geometry,
     lateral_connection,
+    lateral_connection_stationary,
     merge_backward,
     output_conv,
+    stationary_kernels,
     upsample_add,
     upsample_add_backward,
     weighted_merge,
@@ -67,6 +69,8 @@ def test_machine_code(description: str, capability: int, tmp_path: Path) -> None
     variant: Variant = VARIANTS[description]
     if capability < 90 and variant.link != ALONE:
         pytest.skip("launches overlap on compute capability 9.0 and later")
+    if variant.capabilities and capability not in variant.capabilities:
+        pytest.skip("the kernel is written for other chips")
     code = _machine_code(compile_for(variant, capability), capability, tmp_path)
     if variant.matrix_product:
         assert re.search(CHIPS[capability][1], code), "the matrix product is not on the tensor cores"
@@ -165,7 +169,9 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
 
     known = set()
     for variant in VARIANTS.values():
-        known.add(identity(source_of(variant), variant.options["num_warps"]))
+        # A kernel whose warps are given groups of their own has those on top: four that multiply, up to four that load.
+        groups = 8 if variant.kernel is stationary_kernels.connect else 0
+        known.add(identity(source_of(variant), variant.options["num_warps"] + groups))
     top, fine = (torch.empty(2, 256, *s, dtype=torch.bfloat16).to(memory_format=layout) for s in ((16, 32), (32, 64)))
     for mode in ("nearest", "bilinear"):
         upsample_add.upsample_add(top, fine, mode, 1.0)
@@ -185,6 +191,11 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), top, "nearest", 1.0, None
     )
     if layout == torch.channels_last:
+        config, wide = lateral_connection_stationary.TABLE["medium"], torch.empty(256, 512, dtype=fine.dtype)
+        feature, bias = fine.repeat(1, 2, 1, 1).contiguous(memory_format=layout), wide[:, 0].clone()
+        for coarse in (top, None):
+            call = (feature, wide, bias, coarse, fine)
+            lateral_connection_stationary.plan(config, *call)(*call, 1.0)
         kernel = torch.empty(256, 256, 3, 3, dtype=fine.dtype)
         bias = fine[0, :, 0, 0].clone()
         for memory_format in (torch.channels_last, torch.contiguous_format):
@@ -192,7 +203,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         # The weights packed, then P2 alone, P3 alone, P4 and P5 together.
         pyramid = [torch.empty(1, 256, *size, dtype=fine.dtype, memory_format=layout) for size in output_conv._PYRAMID]
         output_conv.output_conv_levels(pyramid, [kernel] * 4, [bias] * 4, None)
-    assert len(launched) == 18 + (2 + 4 + 4) * (layout == torch.channels_last)
+    assert len(launched) == 18 + (2 + 2 + 4 + 4) * (layout == torch.channels_last)
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)
@@ -217,6 +228,8 @@ def test_every_table_is_compiled() -> None:
             assert any(f"-{rows}x{columns}-" in description for description in described)
     for (arithmetic, _), tile in output_conv.TABLE.items():
         assert sum(d.startswith("output_conv-") and d.endswith(f"-{arithmetic}-{tile}") for d in VARIANTS) >= 3
+    for tile in lateral_connection_stationary.TABLE.values():
+        assert any(d.startswith("lateral_connection_stationary-") and d.endswith(f"to{tile}") for d in VARIANTS)
     for (arithmetic, _), tile in lateral_connection.TABLE.items():
         ending = f"{arithmetic}-{tile.pixels}x{tile.channels}x{tile.depth}"
         assert any(description.endswith(ending) for description in VARIANTS)

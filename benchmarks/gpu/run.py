@@ -278,7 +278,7 @@ class Run:
         if "triton" not in self._backends():
             raise StepSkipped("Triton is not here")
         # A cache of its own: what an earlier process found is measured again.
-        environment = {"FPN_KERNELS_AUTOTUNE": "1", "XDG_CACHE_HOME": str(self.options.logs / "autotune")}
+        environment = {"FPN_KERNELS_AUTOTUNE": "all", "XDG_CACHE_HOME": str(self.options.logs / "autotune")}
         units = rows.candidates(self.options.dry_run)
         return self._units(units, deadline, self.document["candidates"], environment)
 

@@ -9,13 +9,16 @@
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
     merge_backward.py           grad_top and grad_bias in one pass
     channel_sums.py             a map's sums over its pixels: grad_bias where nothing else is to be read
-    lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product
+    lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product: tables, choice and launch
+    lateral_connection_kernel.py  its device code
     weighted_merge.py           two or three maps by factors that stay on the device
     weighted_merge_backward.py  what one of them and its factor are owed
     resized.py                  a tile of a map that is resized on the way
     descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code
     descriptor_convolution.py   their launch
     lateral_connection_descriptors.py   lateral_connection by them: a candidate, nowhere the fastest yet
+    stationary_kernels.py       a 1x1 convolution for Hopper whose weight stays in shared memory: the device code, in Gluon
+    lateral_connection_stationary.py    lateral_connection by it: a candidate that has not run on a GPU yet
     output_conv.py              3x3 convolution of one map or of a pyramid by them
     top_down_pathway.py         the lateral connections of all levels, each launched while the one before it runs
     autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk

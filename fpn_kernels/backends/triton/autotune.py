@@ -1,4 +1,4 @@
-"""FPN_KERNELS_AUTOTUNE=1: measures the candidates of each table once, and remembers the fastest on disk.
+"""FPN_KERNELS_AUTOTUNE=1 (or all): measures the candidates of each table once, and remembers the fastest on disk.
 
 Without the variable, and where nothing can be measured (a CPU tensor, a stream that is being captured), the heuristics
 decide as ever.  With it, the first call of a class (operator, dtype, layouts, channels, size rounded up to a power of
@@ -31,7 +31,10 @@ from fpn_kernels.version import __version__
 ENVIRONMENT_VARIABLE = "FPN_KERNELS_AUTOTUNE"
 
 # Read once: a launch asks before it puts together what `fastest` wants to know.
-ENABLED = os.environ.get(ENVIRONMENT_VARIABLE, "").lower() in ("1", "true", "on")
+_VALUE = os.environ.get(ENVIRONMENT_VARIABLE, "").lower()
+ENABLED = _VALUE in ("1", "true", "on", "all")
+# Kernels that nobody has seen run on a GPU are measured as well; one that stood still there would keep its caller.
+UNPROVEN = _VALUE == "all"
 
 Candidate = TypeVar("Candidate")
 
@@ -132,12 +135,12 @@ def _write(path: pathlib.Path, key: str, answer: str) -> None:
 
 
 def _times(candidates: Sequence[Candidate], run: Callable[[Candidate], None]) -> dict[str, float]:
-    """Milliseconds by `repr`; a candidate that needs more shared memory than the chip has is left out."""
+    """Milliseconds by `repr`, of the candidates that fit the chip and that this Triton compiles."""
     times: dict[str, float] = {}
     for candidate in candidates:
         try:
             times[repr(candidate)] = milliseconds(lambda candidate=candidate: run(candidate))  # type: ignore[misc]
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
             continue
     return times
 

@@ -31,6 +31,7 @@ class Variant:
         matrix_product: tensor-core instructions are expected.
         descriptors: bulk tensor copies (TMA) are expected where the chip has them.
         link: whether it overlaps the launches before and after it, which chips before 9.0 cannot.
+        capabilities: the compute capabilities that it is written for, times ten; empty: 8.0 and later.
     """
 
     kernel: Any
@@ -43,6 +44,7 @@ class Variant:
     matrix_product: bool = False
     descriptors: bool = False
     link: Link = ALONE
+    capabilities: tuple[int, ...] = ()
 
 
 def variant(
@@ -82,6 +84,7 @@ def all_variants() -> Iterator[Variant]:
         channel_sums,
         lateral_connection,
         lateral_connection_descriptors,
+        lateral_connection_stationary,
         merge_backward,
         output_conv,
         top_down_pathway,
@@ -99,6 +102,12 @@ def all_variants() -> Iterator[Variant]:
         weighted_merge_backward,
         channel_sums,
     )
-    matrix_products = (lateral_connection, lateral_connection_descriptors, top_down_pathway, output_conv)
+    matrix_products = (
+        lateral_connection,
+        lateral_connection_descriptors,
+        lateral_connection_stationary,
+        top_down_pathway,
+        output_conv,
+    )
     for module in (*merges, channel_sums, *matrix_products):
         yield from module.variants()

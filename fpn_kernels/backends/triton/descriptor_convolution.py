@@ -143,11 +143,11 @@ def _is_matrix(weight: Tensor, depth: int) -> bool:
         if weight.shape[1] % depth or not weight.permute(0, 2, 3, 1).is_contiguous():
             return False
         weight = _as_matrix(weight)
-    return geometry.alignment(weight, 1, weight.shape[1]) >= geometry.full_access(weight) and weight.stride(0) > 0
+    return geometry.rows_are_aligned(weight)
 
 
 @contextlib.contextmanager
-def _scratch(device: torch.device) -> Iterator[list[Tensor]]:
+def scratch(device: torch.device) -> Iterator[list[Tensor]]:
     """Memory for descriptors made on the device, listed; whatever allocator the caller had told Triton is put back."""
     used: list[Tensor] = []
 
@@ -265,9 +265,9 @@ def plan(
     ) -> Sequence[Tensor]:
         results, matrices = tuple(outs), tuple(to_matrices(weights))
         addends = results if biases[0] is None else tuple(biases)
-        with _scratch(features[0].device) as scratch:
+        with scratch(features[0].device) as used:
             convolve(tuple(features), matrices, addends, results, results[0] if top is None else top, gain)
-        return (*matrices, *scratch)
+        return (*matrices, *used)
 
     return run
 

@@ -11,8 +11,8 @@ the levels of a pyramid.  The tile loop and the loop over the sum are flattened 
 tile are issued before the epilogue of this one, and the result leaves by an asynchronous store.
 
 Descriptors are made on the device, once a program and a level.  Made on the host they would be encoded anew at each
-launch; made here they cost one small scratch buffer (`_scratch`), and one signature serves every chip: for sm_80
-Triton lowers them to pointers, which the same alignments vectorise.
+launch; made here they cost one small scratch buffer (`descriptor_convolution.scratch`), and one signature serves every
+chip: for sm_80 Triton lowers them to pointers, which the same alignments vectorise.
 """
 
 # ruff: noqa: N803, N806, SIM108 - Triton's idiom: constexprs in capitals, and a branch for each

@@ -235,6 +235,31 @@ def lateral_connection_descriptors(feature: Tensor, weight: Tensor) -> str | Non
     return _descriptor_refusal("feature", feature, "channels", "pixels") or _product_refusal(feature, weight)
 
 
+def lateral_connection_stationary(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor
+) -> str | None:
+    """Why a call that `lateral_connection` serves is not for the kernel that keeps the weight in shared memory."""
+    if INTERPRETED:
+        return "the interpreter knows nothing of Gluon"
+    if feature.is_cuda and capability(feature.device.index)[0] != 9:
+        return "the kernel is written for the tensor cores of compute capability 9.0"
+    if feature.dtype == torch.float32:
+        return "the kernel multiplies 16-bit numbers"
+    maps = (("feature", feature), ("the result", out), *(() if top is None else (("top", top),)))
+    for name, each in maps:
+        if geometry.inner_axis(each) != "channels":
+            return _descriptor_refusal(name, each, "channels") or f"{name} is not an NHWC map"
+    if top is not None and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+        return "the coarser map has half the size of the finer one"
+    if not geometry.rows_are_aligned(weight):
+        return "the weight is read through a tensor descriptor, as a matrix whose rows are contiguous"
+    if bias is not None and geometry.strides(bias)[0] != 1:
+        return "the bias is contiguous"
+    if geometry.needs_int64(feature, out):
+        return "the kernel counts strides in int32"
+    return _product_refusal(feature, weight)
+
+
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, memory_format: torch.memory_format | None
 ) -> str | None:

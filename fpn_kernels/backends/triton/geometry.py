@@ -65,6 +65,11 @@ def inner_axis(tensor: Tensor) -> str | None:
     return None
 
 
+def rows_are_aligned(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor reads a matrix along its rows."""
+    return alignment(matrix, 1, matrix.shape[1]) >= full_access(matrix) and matrix.stride(0) > 0
+
+
 @functools.lru_cache(maxsize=4096)
 def scale(in_size: int, out_size: int) -> float:
     """`resampling.scale`, remembered: three small tensors are a launch's worth of host time."""

@@ -9,16 +9,12 @@ row of the tile.  Programs go over the output channels of a pixel tile first: it
 Bilinear is composed: the product alone, then `upsample_add` in place.
 """
 
-# ruff: noqa: N803, N806, SIM108 - Triton's idiom: constexprs in capitals, and a branch for each
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fpn_kernels.backends.layouts import allocate, requested_format
@@ -28,31 +24,14 @@ from fpn_kernels.backends.triton import (
     eligibility,
     geometry,
     lateral_connection_descriptors,
+    lateral_connection_stationary,
     launching,
     upsample_add,
 )
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.descriptor_convolution import BoxConfig
-from fpn_kernels.backends.triton.device import (
-    along,
-    await_previous,
-    begin_next,
-    device_function,
-    kernel,
-    known_multiple,
-    loop_bound,
-    nearest_source,
-    operand,
-    rounded,
-    widened,
-)
-
-_RUN_TIME = [
-    *("in_channels", "out_channels", "height", "width", "top_height", "top_width"),
-    *("feature_n", "feature_c", "feature_y", "feature_x", "weight_o", "weight_i", "bias_o"),
-    *("top_n", "top_c", "top_y", "top_x", "out_n", "out_c", "out_p"),
-    *("pixel_tiles", "channel_tiles"),
-]
+from fpn_kernels.backends.triton.lateral_connection_kernel import connect
+from fpn_kernels.backends.triton.lateral_connection_stationary import StationaryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +44,9 @@ class ProductConfig:
     num_warps: int
     num_stages: int
 
+
+# A tile of one of the three kernels; its type says of which.
+Tile = ProductConfig | BoxConfig | StationaryConfig
 
 # (arithmetic, size of the tile) -> tile.  128 x 128 with 8 warps keeps 64 sums a thread, which leaves registers for the
 # coarse tile; Hopper's tensor cores want at least 64 rows a warpgroup.  "narrow" is for maps whose accesses are not
@@ -127,18 +109,20 @@ def _measured(
     mode: str,
     access: int,
     chosen: ProductConfig,
-) -> ProductConfig | BoxConfig:
-    """The fastest tile of both kernels; unmeasured, `chosen`, or where DESCRIPTORS says so one of the other kernel."""
+) -> Tile:
+    """The fastest tile of the three kernels; unmeasured, `chosen`, or a box where DESCRIPTORS says so."""
     arithmetic = geometry.arithmetic_of(feature)
-    candidates: list[ProductConfig | BoxConfig] = [chosen]
+    candidates: list[Tile] = [chosen]
     if access >= _FULL_ACCESS:
         candidates = [tile for (kind, size), tile in TABLE.items() if kind == arithmetic and size != "narrow"]
-    default: ProductConfig | BoxConfig = chosen
+    default: Tile = chosen
     if eligibility.lateral_connection_descriptors(feature, weight) is None:
         boxes = lateral_connection_descriptors.candidates(arithmetic, out)
         candidates += boxes
         if arithmetic in DESCRIPTORS:
             default = lateral_connection_descriptors.choose(arithmetic, out, geometry.processors(feature))
+    if autotune.UNPROVEN and eligibility.lateral_connection_stationary(feature, weight, bias, top, out) is None:
+        candidates += lateral_connection_stationary.candidates(weight.shape[1], weight.shape[0], top is not None)
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
     if top is not None and top.is_meta and autotune.ENABLED:
         top = torch.empty_like(top, device=feature.device).normal_()  # a pathway's, which is yet to be computed
@@ -155,139 +139,6 @@ def _measured(
     )
 
 
-@device_function
-def _by_pixel(values, PIXELS_LAST: tl.constexpr):
-    """A value to a pixel, shaped to broadcast over the tile."""
-    if PIXELS_LAST:
-        shaped = values[None, :]
-    else:
-        shaped = values[:, None]
-    return shaped
-
-
-@device_function
-def _by_channel(values, PIXELS_LAST: tl.constexpr):
-    """A value to an output channel, shaped to broadcast over the tile."""
-    if PIXELS_LAST:
-        shaped = values[:, None]
-    else:
-        shaped = values[None, :]
-    return shaped
-
-
-@kernel(_RUN_TIME)
-def connect(
-    feature, weight, bias, top, out, gain, scale_y, scale_x,
-    in_channels, out_channels, height, width, top_height, top_width,
-    feature_n, feature_c, feature_y, feature_x,
-    weight_o, weight_i, bias_o,
-    top_n, top_c, top_y, top_x,
-    out_n, out_c, out_p,
-    pixel_tiles, channel_tiles,
-    MODE: tl.constexpr, HAS_TOP: tl.constexpr, DOUBLED: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PIXELS_LAST: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
-    FEATURE_CHANNELS: tl.constexpr, FEATURE_PIXELS: tl.constexpr,
-    WEIGHT_IN: tl.constexpr, WEIGHT_OUT: tl.constexpr,
-    BIAS: tl.constexpr, TOP: tl.constexpr, OUT: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
-    FOLLOWS: tl.constexpr, LEADS: tl.constexpr,
-):  # fmt: skip
-    begin_next(LEADS)
-    program = tl.program_id(0)
-    channel_tile = program % channel_tiles
-    pixel_tile = (program // channel_tiles) % pixel_tiles
-    n = (program // channel_tiles) // pixel_tiles
-    pixel = pixel_tile * PIXELS + tl.arange(0, PIXELS)
-    y = pixel // width
-    x = pixel - y * width
-    c = channel_tile * CHANNELS + tl.arange(0, CHANNELS)
-    k = tl.arange(0, DEPTH)
-    pixels = known_multiple(height * width, FEATURE_PIXELS)
-    out_channels = known_multiple(out_channels, WEIGHT_OUT)
-    if not DOUBLED:
-        out_channels = known_multiple(out_channels, TOP)
-    in_channels = known_multiple(known_multiple(in_channels, FEATURE_CHANNELS), WEIGHT_IN)
-    if PIXELS_LAST:
-        pixels = known_multiple(pixels, OUT)
-    else:
-        out_channels = known_multiple(out_channels, OUT)
-    pixel_inside = pixel < pixels
-    channel_inside = c < out_channels
-
-    FEATURE: tl.constexpr = FEATURE_CHANNELS if FEATURE_CHANNELS > 0 else FEATURE_PIXELS
-    if FLAT:
-        feature_pixel = along(widened(pixel, WIDE), known_multiple(feature_x, FEATURE_CHANNELS), FEATURE_PIXELS)
-    else:
-        feature_pixel = widened(y, WIDE) * known_multiple(feature_y, FEATURE_CHANNELS)
-        feature_pixel += widened(x, WIDE) * known_multiple(feature_x, FEATURE_CHANNELS)
-    depth_stride = known_multiple(feature_c, FEATURE_PIXELS)
-    feature_start = feature + widened(n, WIDE) * known_multiple(feature_n, FEATURE)
-    weight_channel = along(widened(c, WIDE), known_multiple(weight_o, WEIGHT_IN), WEIGHT_OUT)
-    weight_stride = known_multiple(weight_i, WEIGHT_OUT)
-
-    if PIXELS_LAST:
-        total = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    else:
-        total = tl.zeros([PIXELS, CHANNELS], tl.float32)
-    for first in range(0, loop_bound(in_channels), DEPTH):
-        step = first + k
-        step_inside = step < in_channels
-        feature_step = along(widened(step, WIDE), depth_stride, FEATURE_CHANNELS)
-        weight_step = along(widened(step, WIDE), weight_stride, WEIGHT_IN)
-        # Input channels are the columns of the first operand and the rows of the second.
-        if PIXELS_LAST:
-            left_place = weight + (weight_channel[:, None] + weight_step[None, :])
-            right_place = feature_start + (feature_step[:, None] + feature_pixel[None, :])
-            left = tl.load(left_place, mask=channel_inside[:, None] & step_inside[None, :], other=0.0)
-            right = tl.load(right_place, mask=step_inside[:, None] & pixel_inside[None, :], other=0.0)
-        else:
-            left_place = feature_start + (feature_pixel[:, None] + feature_step[None, :])
-            right_place = weight + (weight_step[:, None] + weight_channel[None, :])
-            left = tl.load(left_place, mask=pixel_inside[:, None] & step_inside[None, :], other=0.0)
-            right = tl.load(right_place, mask=step_inside[:, None] & channel_inside[None, :], other=0.0)
-        left, right = operand(left, ARITHMETIC), operand(right, ARITHMETIC)
-        if ARITHMETIC == "ieee":
-            total = tl.dot(left, right, total, input_precision="ieee")
-        else:
-            total = tl.dot(left, right, total, input_precision="tf32")
-
-    inside = _by_pixel(pixel_inside, PIXELS_LAST) & _by_channel(channel_inside, PIXELS_LAST)
-    if BIAS is not None:
-        addend = tl.load(bias + along(widened(c, WIDE), bias_o, BIAS), mask=channel_inside, other=0.0).to(tl.float32)
-        total += _by_channel(addend, PIXELS_LAST)
-    await_previous(FOLLOWS)
-    top_start = top + widened(n, WIDE) * known_multiple(top_n, TOP)
-    if HAS_TOP and DOUBLED:
-        # A coarse pixel for each pair of fine ones, which lie in one row: the width is even.
-        columns = known_multiple(top_width, TOP)
-        pair = pixel_tile * (PIXELS // 2) + tl.arange(0, PIXELS // 2)
-        row = pair // columns
-        top_pixel = widened(row // 2, WIDE) * known_multiple(top_y, TOP)
-        top_pixel += along(widened(pair - row * columns, WIDE), top_x, TOP)
-        top_channel = widened(c, WIDE) * known_multiple(top_c, TOP)
-        pairs_inside = channel_inside[:, None] & (pair < height * columns)[None, :]
-        coarse = tl.load(top_start + (top_channel[:, None] + top_pixel[None, :]), mask=pairs_inside, other=0.0)
-        total = gain * (total + tl.interleave(coarse, coarse).to(tl.float32))
-    elif HAS_TOP:
-        source_y = nearest_source(y, scale_y, top_height, MODE)
-        source_x = nearest_source(x, scale_x, top_width, MODE)
-        top_pixel = widened(source_y, WIDE) * known_multiple(top_y, TOP)
-        top_pixel += widened(source_x, WIDE) * known_multiple(top_x, TOP)
-        top_channel = along(widened(c, WIDE), top_c, TOP)
-        place = _by_pixel(top_pixel, PIXELS_LAST) + _by_channel(top_channel, PIXELS_LAST)
-        coarse = tl.load(top_start + place, mask=inside, other=0.0)
-        total = gain * (total + coarse.to(tl.float32))
-    out_start = out + widened(n, WIDE) * known_multiple(out_n, OUT)
-    if PIXELS_LAST:
-        out_pixel = along(widened(pixel, WIDE), out_p, OUT)
-        out_channel = widened(c, WIDE) * known_multiple(out_c, OUT)
-    else:
-        out_pixel = widened(pixel, WIDE) * known_multiple(out_p, OUT)
-        out_channel = along(widened(c, WIDE), out_c, OUT)
-    place = _by_pixel(out_pixel, PIXELS_LAST) + _by_channel(out_channel, PIXELS_LAST)
-    tl.store(out_start + place, rounded(total, out.dtype.element_ty), mask=inside)
-
-
 def plan(
     feature: Tensor,
     weight: Tensor,
@@ -295,7 +146,7 @@ def plan(
     top: Tensor | None,
     out: Tensor,
     mode: str,
-    config: ProductConfig | BoxConfig | None = None,
+    config: Tile | None = None,
     link: launching.Link = launching.ALONE,
 ) -> Callable[..., Sequence[Tensor]]:
     """What writes the connection into the dense `out`; `mode` is a nearest one, and `config` is for measuring.
@@ -339,6 +190,8 @@ def plan(
             config = _measured(feature, weight, bias, top, out, mode, access, tile)
     if isinstance(config, BoxConfig):
         return lateral_connection_descriptors.plan(config, feature, weight, bias, top, out, mode, link)
+    if isinstance(config, StationaryConfig):
+        return lateral_connection_stationary.plan(config, feature, weight, bias, top, out, link)
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
     launch_connect = launching.Launch(
         connect,
@@ -395,7 +248,7 @@ def launch(
     out: Tensor,
     mode: str,
     gain: float,
-    config: ProductConfig | BoxConfig | None = None,
+    config: Tile | None = None,
 ) -> None:
     plan(feature, weight, bias, top, out, mode, config)(feature, weight, bias, top, out, gain)
 

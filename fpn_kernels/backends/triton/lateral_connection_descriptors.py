@@ -5,7 +5,7 @@ loads of the next tile issued before the epilogue of this one, which matters whe
 An NCHW feature is read in place (16-bit tensor cores take both operand orders).  At ratio 2 a tile's coarse pixels are
 one box as well, read once and broadcast; at any other ratio they are gathered by their addresses.
 
-Nobody has measured it: `lateral_connection.DESCRIPTORS` says where it is taken.
+On an H100 it was never clearly ahead in 16 bits and NHWC; `lateral_connection.DESCRIPTORS` says where it is taken.
 """
 
 from __future__ import annotations
