@@ -251,8 +251,8 @@ def lateral_connection_stationary(
             return _descriptor_refusal(name, each, "channels") or f"{name} is not an NHWC map"
     if top is not None and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
         return "the coarser map has half the size of the finer one"
-    if not geometry.rows_are_aligned(weight):
-        return "the weight is read through a tensor descriptor, as a matrix whose rows are contiguous"
+    if not (geometry.rows_are_aligned(weight) or geometry.rows_are_aligned(weight.t())):
+        return "the weight is read through a tensor descriptor, as a matrix whose rows or columns are contiguous"
     if bias is not None and geometry.strides(bias)[0] != 1:
         return "the bias is contiguous"
     if geometry.needs_int64(feature, out):

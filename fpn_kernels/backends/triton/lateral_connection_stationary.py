@@ -106,19 +106,20 @@ def plan(
     # As many programs as multiprocessors, and as many for each tile of channels.
     programs = min(max(1, geometry.processors(feature) // channel_tiles), tiles)
     coarse = out if top is None else top
+    turned = not geometry.rows_are_aligned(weight)
     connect = launching.Launch(
         _kernels().connect,
         (programs * channel_tiles,),
         (
             *(batch, in_channels, out_channels, height, width, *coarse.shape[2:]),
             *_steps(feature),
-            geometry.strides(weight)[0] or in_channels,
+            weight.stride(1) if turned else weight.stride(0),
             *_steps(coarse),
             *_steps(out),
             *(tiles, tiles_y, tiles_x, channel_tiles),
         ),
         {
-            **_constants(config, in_channels, bias is not None, top is not None),
+            **_constants(config, in_channels, turned, bias is not None, top is not None),
             **link.constants(),
             "num_warps": 4,
         },
@@ -144,19 +145,24 @@ def _steps(tensor: Tensor) -> tuple[int, int, int]:
     return n or height * y, y, x
 
 
-def _constants(config: StationaryConfig, in_channels: int, bias: bool, has_top: bool) -> dict[str, Any]:
+def _constants(config: StationaryConfig, in_channels: int, turned: bool, bias: bool, has_top: bool) -> dict[str, Any]:
     tile = {"ROWS": config.rows, "COLUMNS": config.columns, "CHANNELS": config.channels, "DEPTH": config.depth}
     ring = {"CHUNKS": config.chunks(in_channels), "STAGES": config.stages(in_channels, has_top)}
-    return {"BIAS": bias, "HAS_TOP": has_top, **tile, **ring}
+    return {"TURNED": turned, "BIAS": bias, "HAS_TOP": has_top, **tile, **ring}
 
 
 def connect_variant(
-    size: str, in_channels: int, has_top: bool, operator: str, link: launching.Link = launching.ALONE
+    size: str,
+    in_channels: int,
+    has_top: bool,
+    operator: str,
+    link: launching.Link = launching.ALONE,
+    turned: bool = False,
 ) -> Variant:
-    """Describes one compilation of `stationary_kernels.connect`, on aligned tensors with a bias."""
+    """Describes one compilation of `stationary_kernels.connect`, on aligned tensors; the adjoint has no bias."""
     kernels, config = _kernels(), TABLE[size]
     links = {"FOLLOWS": link.follows, "LEADS": link.leads}
-    constexprs = {**_constants(config, in_channels, True, has_top), **links}
+    constexprs = {**_constants(config, in_channels, turned, not turned, has_top), **links}
     kinds = {
         **dict.fromkeys(kernels.POINTERS, POINTER_TYPES[2]),
         **{"gain": "fp32"},
@@ -187,3 +193,5 @@ def variants() -> Iterator[Variant]:
     for size, in_channels in (("large", 256), ("medium", 256), ("medium", 512), ("small", 512), ("small", 1024)):
         for has_top in (True, False):
             yield connect_variant(size, in_channels, has_top, "lateral_connection_stationary")
+    for size in TABLE:
+        yield connect_variant(size, 256, False, "lateral_connection_stationary-adjoint", turned=True)

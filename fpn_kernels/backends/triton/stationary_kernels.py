@@ -17,6 +17,8 @@ and `free`: what went round the ring c times before waits for the barrier's c-th
 next one only, so whoever waits must know that the phase before is over.  The loader has waited for it itself; a group
 takes it from the other, which `turns` lets go on when all that it waits for in its own tile has come.
 
+The weight lies as [Cout, Cin], or TURNED as [Cin, Cout], as that of the adjoint does: tensor cores take either.
+
 A descriptor is made by the warps that use it, which therefore see it as it was written.
 """
 
@@ -39,7 +41,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 POINTERS = ("feature", "weight", "bias", "top", "out")
 NUMBERS = (
     *("batch", "in_channels", "out_channels", "height", "width", "top_height", "top_width"),
-    *("feature_n", "feature_y", "feature_x", "weight_o"),
+    *("feature_n", "feature_y", "feature_x", "weight_row"),
     *("top_n", "top_y", "top_x", "out_n", "out_y", "out_x"),
     *("tiles", "tiles_y", "tiles_x", "channel_tiles"),
 )
@@ -60,9 +62,9 @@ def corner(tile, tiles_y, tiles_x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def load_features(
-    feature, weight, features, weights, barriers, shape, strides, weight_o, out_channels, channel, schedule,
+    feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     batch, height, width, in_channels = shape
     n_stride, y_stride, x_stride = strides
@@ -73,12 +75,20 @@ def load_features(
         feature, [batch, height, width, in_channels], [n_stride, y_stride, x_stride, 1],
         [1, ROWS, COLUMNS, DEPTH], features.layout,
     )  # fmt: skip
-    matrix = tma.make_tensor_descriptor(
-        weight, [out_channels, in_channels], [weight_o, 1], [CHANNELS, DEPTH], weights.layout
-    )
+    if TURNED:
+        matrix = tma.make_tensor_descriptor(
+            weight, [in_channels, out_channels], [weight_row, 1], [DEPTH, CHANNELS], weights.layout
+        )
+    else:
+        matrix = tma.make_tensor_descriptor(
+            weight, [out_channels, in_channels], [weight_row, 1], [CHANNELS, DEPTH], weights.layout
+        )
     for k in gl.static_range(CHUNKS):
         mbarrier.expect(weight_full.index(k), CHANNELS * DEPTH * BYTES)
-        tma.async_copy_global_to_shared(matrix, [channel, k * DEPTH], weight_full.index(k), weights.index(k))
+        if TURNED:
+            tma.async_copy_global_to_shared(matrix, [k * DEPTH, channel], weight_full.index(k), weights.index(k))
+        else:
+            tma.async_copy_global_to_shared(matrix, [channel, k * DEPTH], weight_full.index(k), weights.index(k))
     chunk = 0
     for tile in range(first, tiles, step):
         n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
@@ -122,7 +132,7 @@ def load_tops(
 def multiply(
     result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
     GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
 ):  # fmt: skip
     out, batch, height, width, out_channels, n_stride, y_stride, x_stride = result
     weight_full, full, free, turns = barriers
@@ -156,7 +166,10 @@ def multiply(
             slot = (begin + k) % STAGES
             mbarrier.wait(full.index(slot), ((begin + k) // STAGES) & 1)
             pixels = features.index(slot).reshape([PIXELS, DEPTH])
-            total = warpgroup_mma(pixels, weights.index(k).permute((1, 0)), total, is_async=True)
+            if TURNED:
+                total = warpgroup_mma(pixels, weights.index(k), total, is_async=True)
+            else:
+                total = warpgroup_mma(pixels, weights.index(k).permute((1, 0)), total, is_async=True)
             if k > 0 and k <= CHUNKS - PARTS:
                 total = warpgroup_mma_wait(1, deps=[total])
                 mbarrier.arrive(free.index((begin + k - 1) % STAGES), count=1)
@@ -205,10 +218,10 @@ def barriers_of(COUNT: gl.constexpr):
 def connect(
     feature, weight, bias, top, out, gain,
     batch, in_channels, out_channels, height, width, top_height, top_width,
-    feature_n, feature_y, feature_x, weight_o,
+    feature_n, feature_y, feature_x, weight_row,
     top_n, top_y, top_x, out_n, out_y, out_x,
     tiles, tiles_y, tiles_x, channel_tiles,
-    BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
+    TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     FOLLOWS: gl.constexpr, LEADS: gl.constexpr,
@@ -218,9 +231,10 @@ def connect(
     DTYPE: gl.constexpr = feature.dtype.element_ty
     CHUNK: gl.constexpr = [1, ROWS, COLUMNS, DEPTH]
     features = gl.allocate_shared_memory(DTYPE, [STAGES] + CHUNK, gl.NVMMASharedLayout.get_default_for(CHUNK, DTYPE))
+    PANEL: gl.constexpr = [DEPTH, CHANNELS] if TURNED else [CHANNELS, DEPTH]
     weights = gl.allocate_shared_memory(
-        DTYPE, [CHUNKS, CHANNELS, DEPTH], gl.NVMMASharedLayout.get_default_for([CHANNELS, DEPTH], DTYPE)
-    )
+        DTYPE, [CHUNKS] + PANEL, gl.NVMMASharedLayout.get_default_for(PANEL, DTYPE)
+    )  # fmt: skip
     barriers = barriers_of(CHUNKS), barriers_of(STAGES), barriers_of(STAGES), barriers_of(GROUPS)
     top_barriers = barriers_of(GROUPS), barriers_of(GROUPS)
     program = gl.program_id(0)
@@ -236,15 +250,15 @@ def connect(
         gl.warp_specialize([
             (multiply, (
                 result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, BIAS, HAS_TOP,
+                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
             )),
             (multiply, (
                 result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, BIAS, HAS_TOP,
+                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
             )),
             (load_features, (
-                feature, weight, features, weights, barriers, shape, strides, weight_o, out_channels, channel, schedule,
-                ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES,
+                feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel,
+                schedule, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
             )),
             (load_tops, (
                 top, tops, top_barriers, top_shape, top_strides, channel, schedule, ROWS, COLUMNS, CHANNELS, FOLLOWS,
@@ -254,14 +268,14 @@ def connect(
         gl.warp_specialize([
             (multiply, (
                 result, bias, gain, features, weights, features, barriers, top_barriers, channel, schedule,
-                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, BIAS, HAS_TOP,
+                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
             )),
             (multiply, (
                 result, bias, gain, features, weights, features, barriers, top_barriers, channel, schedule,
-                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, BIAS, HAS_TOP,
+                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
             )),
             (load_features, (
-                feature, weight, features, weights, barriers, shape, strides, weight_o, out_channels, channel, schedule,
-                ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES,
+                feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel,
+                schedule, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
             )),
         ], [4, 1], [_MULTIPLYING, _LOADING])  # fmt: skip
