@@ -401,14 +401,10 @@ def weighted_merge(
     checks.check_weights("weights", weights, len(inputs))
     if weights.device != inputs[0].device:
         raise ValueError(f"weights: expected the device of inputs[0], {inputs[0].device}, got {weights.device}")
-    factors = weights.to(checks.sum_dtype(inputs[0]))
-    if normalization == "softmax":
-        factors = torch.softmax(factors, 0)
-    else:
-        factors = torch.relu(factors)
-        factors = factors / (factors.sum() + eps)
     third = inputs[2] if len(inputs) == 3 else None
-    result: Tensor = _operators(*inputs, factors).weighted_merge(inputs[0], inputs[1], third, factors, mode=mode)
+    result: Tensor = _operators(*inputs, weights).weighted_merge(
+        inputs[0], inputs[1], third, weights, mode=mode, normalization=normalization, eps=float(eps)
+    )
     return result
 
 

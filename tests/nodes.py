@@ -48,8 +48,10 @@ def fusion_weights(count: int, device: str = "cpu", dtype: torch.dtype = torch.f
 
 
 def exact_factors(weights: Tensor, normalization: str = "relu", eps: float = 1e-4) -> Tensor:
-    """The paper's formulas in float64."""
+    """The paper's formulas in float64; "none" says that the weights are the factors."""
     weights = weights.double().cpu()
+    if normalization == "none":
+        return weights
     kept = weights.clamp(min=0) if normalization == "relu" else weights.exp()
     return kept / (kept.sum() + (eps if normalization == "relu" else 0))
 

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from nodes import exact_factors
 from samples import random_map
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -52,12 +53,17 @@ def test_every_tile(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.Mo
     coarse, size, mode = SIZES_READ[reading]
     dtype = _dtype_of(element_size)
     cases = list(itertools.product((False, True), FORMATS, FORMATS))
-    for (third, one, other), last_factor in zip(cases, itertools.cycle((1, 2, 2, 1)), strict=False):
+    # Of two maps the last has the second weight.
+    places = [1] * 4 + [1, 2, 2, 1]
+    ways = itertools.cycle((("none", 0.0), ("relu", 0.5), ("softmax", 0.5)))
+    for (third, one, other), last_factor, (normalization, eps) in zip(cases, places, ways, strict=False):
         first, middle = (random_map((2, 5, *size), dtype, layout=layout) for layout in (one, other))
         last = random_map((2, 5, *coarse), dtype, layout=other)
         out = _poisoned(first.shape, dtype, walk)
-        factors = torch.tensor(FACTORS)
-        weighted_merge.launch(first, middle if third else None, last, last_factor, factors, out, mode)
+        weights = torch.tensor(FACTORS if third else FACTORS[:2])
+        call = (first, middle if third else None, last, last_factor, weights, out, mode, normalization, eps)
+        weighted_merge.launch(*call)
+        factors = exact_factors(weights, normalization, eps)
         order = [0, 3 - last_factor, last_factor] if third else [0, last_factor]
         maps = [first, middle, last] if third else [first, last]
         spread = max(size) if reading == "bilinear" else 1

@@ -23,6 +23,7 @@ from targets import Target
 from torch import Tensor
 
 import fpn_kernels
+from fpn_kernels import reference
 from fpn_kernels.backends.selection import record_calls
 
 
@@ -128,6 +129,24 @@ def test_double_backward(mode: str, target: Target) -> None:
     wide = second([x.double().cpu() for x in leaves], [x.double().cpu() for x in directions], exact=True)
     for result, exact in zip(results, wide, strict=True):
         assert oracle.error(result, exact) <= 64 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, under Triton's interpreter
+@pytest.mark.parametrize("eps", [1e-4, 0.0])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_weights_at_the_edges_of_the_relu(normalization: str, eps: float, target: Target) -> None:
+    """Weights of 0, none above 0, NaN: as PyTorch's autograd differentiates the formula, what is not a number, too."""
+    for values in ([0.0, 1.0, 2.0], [-1.0, 0.0, -0.0], [3.0, -1.0, 0.5], [float("nan"), 1.0, -1.0]):
+        inputs = maps("a coarse map last", UNEVEN, torch.float32, target.device, grad=True)
+        grad = random_map(inputs[0].shape, torch.float32, target.device)
+        weights = torch.tensor(values, device=target.device, requires_grad=True)
+        with fpn_kernels.use_backend(target.backend):
+            result = fpn_kernels.weighted_merge(inputs, weights, normalization=normalization, eps=eps)
+            gradients = torch.autograd.grad(result, (*inputs, weights), grad)
+        expected = reference.weighted_merge(inputs, weights, normalization=normalization, eps=eps)
+        due = torch.autograd.grad(expected, (*inputs, weights), grad)
+        for got, want in zip((result, *gradients), (expected, *due), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

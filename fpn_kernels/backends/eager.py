@@ -145,7 +145,27 @@ def merge_backward(
     return grad_top if own is None else grad_top.add_(own), sum_per_channel(grad, gain)
 
 
-def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+def normalized(weights: Tensor, like: Tensor, normalization: str, eps: float) -> Tensor:
+    """The factors of maps like `like`: weights in the dtype of the sums, made to add up to one.  Differentiable."""
+    weights = weights.to(_sum_dtype(like.dtype))
+    if normalization == "softmax":
+        return torch.softmax(weights, 0)
+    if normalization == "relu":
+        positive = torch.relu(weights)
+        return positive / (positive.sum() + eps)
+    return weights
+
+
+def weighted_merge(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    mode: str,
+    normalization: str = "none",
+    eps: float = 0.0,
+) -> Tensor:
+    factors = normalized(weights, first, normalization, eps)
     out = allocate(first.shape, first, result_format(first))
     size = (first.shape[2], first.shape[3])
     sums = out if out.dtype not in _HALVES else torch.empty_like(out, dtype=torch.float32)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels.backends import convolution, library_file
+from fpn_kernels.backends.eager import normalized
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.backends.selection import AtOnce, Backend, Implementation
 from fpn_kernels.resampling import MODES
@@ -103,14 +104,20 @@ def merge_backward(
 
 @AtOnce
 def weighted_merge(
-    first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    mode: str,
+    normalization: str = "none",
+    eps: float = 0.0,
 ) -> Callable[..., Tensor]:
     shape, out_format, number = tuple(first.shape), result_format(first), _MODE_NUMBERS[mode]
     merge = torch.ops.fpn_kernels_native.weighted_merge.default
 
-    def run(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> Tensor:
+    def run(first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, mode: str, *_: object) -> Tensor:
         out = allocate(shape, first, out_format)
-        merge(first, second, third, factors, number, out)
+        merge(first, second, third, normalized(weights, first, normalization, eps), number, out)
         return out
 
     return run

@@ -128,10 +128,10 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def check_normalization(normalization: object, eps: object) -> None:
+def check_normalization(normalization: object, eps: object, known: Sequence[str] = NORMALIZATIONS) -> None:
     """How weights are made to add up to one, or nearly so."""
-    if normalization not in NORMALIZATIONS:
-        wanted = ", ".join(map(repr, NORMALIZATIONS))
+    if normalization not in known:
+        wanted = ", ".join(map(repr, known))
         raise ValueError(f"normalization: expected one of {wanted}, got {normalization!r}")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
@@ -147,8 +147,11 @@ def check_weights(name: str, weights: Tensor, count: int) -> None:
         raise ValueError(f"{name}: expected the shape [{count}], one number a map, got {_shape(weights)}")
 
 
-def check_weighted_merge(inputs: Sequence[Tensor], factors: Tensor, mode: str) -> None:
+def check_weighted_merge(
+    inputs: Sequence[Tensor], weights: Tensor, mode: str, normalization: str = "none", eps: float = 0.0
+) -> None:
     check_mode(mode)
+    check_normalization(normalization, eps, (*NORMALIZATIONS, "none"))
     first = inputs[0]
     check_map("inputs[0]", first)
     for index, tensor in enumerate(inputs[1:], start=1):
@@ -160,8 +163,11 @@ def check_weighted_merge(inputs: Sequence[Tensor], factors: Tensor, mode: str) -
                 f"{name}: expected the batch and channels of inputs[0], [{first.shape[0]}, {first.shape[1]}, h, w], "
                 f"got {_shape(tensor)}"
             )
-    check_weights("factors", factors, len(inputs))
-    _check_sum_dtype("factors", factors, first)
+    check_weights("weights", weights, len(inputs))
+    if normalization == "none":
+        _check_sum_dtype("weights", weights, first)
+    else:
+        _check_device("weights", weights, first)
 
 
 def _check_sum_dtype(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -169,6 +175,10 @@ def _check_sum_dtype(name: str, tensor: Tensor, like: Tensor) -> None:
         raise TypeError(
             f"{name}: expected {sum_dtype(like)}, in which maps of {like.dtype} are summed, got {tensor.dtype}"
         )
+    _check_device(name, tensor, like)
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected the device of the maps, {like.device}, got {tensor.device}")
 

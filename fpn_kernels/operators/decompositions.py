@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import resampling
+from fpn_kernels.backends.eager import normalized
 from fpn_kernels.backends.layouts import requested_format, result_format
 from fpn_kernels.operators import registration
 from fpn_kernels.operators.checks import (
@@ -166,18 +167,26 @@ def reorder(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
 
 
 def _weighted_merge(
-    first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest"
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    *,
+    mode: str = "nearest",
+    normalization: str = "none",
+    eps: float = 0.0,
 ) -> Tensor:
     maps = (first, second) if third is None else (first, second, third)
-    check_weighted_merge(maps, factors, mode)
+    check_weighted_merge(maps, weights, mode, normalization, eps)
     size, dtype = (first.shape[2], first.shape[3]), sum_dtype(first)
-    total = factors[0].to(dtype) * first.to(dtype)
+    factors = normalized(weights, first, normalization, eps)
+    total = factors[0] * first.to(dtype)
     for index, other in enumerate(maps[1:], start=1):
-        total = total + factors[index].to(dtype) * _resize(other.to(dtype), size, mode)
+        total = total + factors[index] * _resize(other.to(dtype), size, mode)
     return total.to(first.dtype).contiguous(memory_format=result_format(first))
 
 
-# The factors keep their dtype under autocast.
+# The weights keep their dtype under autocast.
 weighted_merge = _after_autocast(_weighted_merge, maps=3)
 
 

@@ -1,7 +1,7 @@
 """`fpn_kernels::weighted_merge`: ``sum of factors[i] * resize(inputs[i], first's size)`` over two or three maps.
 
-The factors come normalised (`functional.weighted_merge`), so that the gradient of the normalisation is PyTorch's own.
-They are a tensor on the maps' device, which no host ever reads.
+The factors are made of the weights, a tensor on the maps' device that no host ever reads, where they are used: with
+``r = relu(weights)``, ``factors = r / (sum(r) + eps)``, or ``softmax(weights)``, or ("none") the weights themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.backends import serving
-from fpn_kernels.backends.eager import inner_product, scaled
+from fpn_kernels.backends.eager import inner_product, normalized, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import check_weighted_merge
@@ -22,50 +22,78 @@ def _inputs(first: Tensor, second: Tensor, third: Tensor | None) -> tuple[Tensor
     return (first, second) if third is None else (first, second, third)
 
 
-def _check(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> None:
-    check_weighted_merge(_inputs(first, second, third), factors, mode)
+def _check(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    mode: str,
+    normalization: str,
+    eps: float,
+) -> None:
+    check_weighted_merge(_inputs(first, second, third), weights, mode, normalization, eps)
 
 
 def _allocate(first: Tensor, *_: object) -> Tensor:
     return allocate(first.shape, first, result_format(first))
 
 
-def _kernel(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
-    arguments = (first, second, third, factors, mode)
+def _kernel(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    *,
+    mode: str = "nearest",
+    normalization: str = "none",
+    eps: float = 0.0,
+) -> Tensor:
+    arguments = (first, second, third, weights, mode, normalization, eps)
     result: Tensor = serving.call("weighted_merge", *arguments, check=_check, empty=_allocate)
     return result
 
 
-def _fake(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, *, mode: str = "nearest") -> Tensor:
-    _check(first, second, third, factors, mode)
+def _fake(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    *,
+    mode: str = "nearest",
+    normalization: str = "none",
+    eps: float = 0.0,
+) -> Tensor:
+    _check(first, second, third, weights, mode, normalization, eps)
     return _allocate(first)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tensor) -> None:
-    *maps, factors = inputs
-    # Only the gradient of the factors reads the maps' values.
+    *maps, weights = inputs
+    # Only the gradient of the weights reads the maps' values.
     kept = maps if ctx.needs_input_grad[3] else [None] * len(maps)
-    ctx.save_for_backward(factors, *kept)
+    ctx.save_for_backward(weights, *kept)
     ctx.size = output.shape[2:]
     ctx.sizes = [None if tensor is None else tensor.shape[2:] for tensor in maps]
     ctx.mode = keyword_only_inputs["mode"]
+    ctx.normalization, ctx.eps = keyword_only_inputs["normalization"], keyword_only_inputs["eps"]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    factors, *maps = ctx.saved_tensors
-    wants_factors = ctx.needs_input_grad[3]
+    weights, *maps = ctx.saved_tensors
+    factors = normalized(weights, grad, ctx.normalization, ctx.eps)
+    wants_weights = ctx.needs_input_grad[3]
     gradients: list[Tensor | None] = []
     grad_factors: list[Tensor] = []
     for index, (tensor, size) in enumerate(zip(maps, ctx.sizes, strict=True)):
         wants = ctx.needs_input_grad[index]
-        if size is None or not (wants or wants_factors):
+        if size is None or not (wants or wants_weights):
             gradients.append(None)
             continue
         share = grad
         if size != ctx.size:
             # <grad, resize(input)> is <adjoint(grad), input>: both gradients of a coarse map are made at its size.
             share = direct.operators(grad).upsample_add_backward(grad, size, mode=ctx.mode)
-        if not wants_factors:
+        if not wants_weights:
             gradients.append(scaled(share, factors[index]))
         elif wants:
             of = direct.operators(share, tensor, factors).weighted_merge_backward
@@ -75,11 +103,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             gradients.append(None)
             grad_factors.append(inner_product(share, tensor))
-    return *gradients, torch.stack(grad_factors) if wants_factors else None
+    if not wants_weights:
+        return *gradients, None
+    return *gradients, _of_weights(torch.stack(grad_factors), weights, factors, ctx.normalization, ctx.eps)
+
+
+def _of_weights(grad: Tensor, weights: Tensor, factors: Tensor, normalization: str, eps: float) -> Tensor:
+    """The gradient of the weights from that of the factors.  Differentiable.
+
+    With ``r = relu(w)`` and ``s = sum(r) + eps``: ``df_i / dw_j = [w_j > 0] ([i = j] - f_i) / s``; of softmax
+    ``df_i / dw_j = f_j ([i = j] - f_i)``.
+    """
+    if normalization == "none":
+        return grad
+    centred = grad - (grad * factors).sum()
+    if normalization == "softmax":
+        return (factors * centred).to(weights.dtype)
+    positive = torch.relu(weights.to(grad.dtype))
+    # Not "above 0": PyTorch hands on the gradient of what is not a number.
+    return torch.where(positive <= 0, 0.0, centred / (positive.sum() + eps)).to(weights.dtype)
 
 
 _NAME = registration.define(
-    "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor factors, *, str mode='nearest') -> Tensor",
+    "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor weights, *, str mode='nearest', "
+    "str normalization='none', float eps=0.0) -> Tensor",
     _kernel,
     _fake,
 )

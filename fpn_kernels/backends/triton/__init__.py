@@ -11,7 +11,7 @@
     channel_sums.py             a map's sums over its pixels: grad_bias where nothing else is to be read
     lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product: tables, choice and launch
     lateral_connection_kernel.py  its device code
-    weighted_merge.py           two or three maps by factors that stay on the device
+    weighted_merge.py           two or three maps by weights that it normalises itself
     weighted_merge_backward.py  what one of them and its factor are owed
     resized.py                  a tile of a map that is resized on the way
     descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code

@@ -151,7 +151,15 @@ def channel_sums(source: Tensor) -> str | None:
     return refusal
 
 
-def weighted_merge(first: Tensor, second: Tensor, third: Tensor | None, factors: Tensor, mode: str) -> str | None:
+def weighted_merge(
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+    weights: Tensor,
+    mode: str,
+    normalization: str = "none",
+    eps: float = 0.0,
+) -> str | None:
     resized = [x for x in (second, third) if x is not None and x.shape != first.shape]
     if len(resized) > 1:
         return "two maps to be resized: the kernels resize one at most"
