@@ -51,6 +51,12 @@ class Value:
     def __mul__(self, other: Any) -> Value:
         return self._with(other, "__mul__")
 
+    def __sub__(self, other: Any) -> Value:
+        return self._with(other, "__sub__")
+
+    def __floordiv__(self, other: Any) -> Value:
+        return self._with(other, "__floordiv__")
+
     def __lt__(self, other: Any) -> Value:
         return self._with(other, "__lt__")
 
@@ -111,6 +117,10 @@ class Shared:
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order), self.layout, self.chip)
+
+    def _reinterpret(self, dtype: DType, shape: Sequence[int], layout: Any) -> Shared:
+        assert dtype.dtype == self.data.dtype
+        return Shared(self.data.view(-1).view(*shape), layout, self.chip)
 
     def load(self, layout: Any) -> Value:
         self.chip.turn()
@@ -267,8 +277,12 @@ class Chip:
                 return Barriers(shape[0])
             return Shared(torch.full(shape, float("nan"), dtype=dtype.dtype), layout, chip)
 
-        def load(pointer: Pointer, mask: Value, other: float) -> Value:
-            inside, offsets = torch.broadcast_tensors(mask.data, pointer.offsets.data)
+        def load(pointer: Pointer, mask: Value | None = None, other: float = 0.0) -> Value:
+            offsets = pointer.offsets.data
+            if mask is None:
+                assert int(offsets.min()) >= 0, "an address before the map"
+                return Value(pointer.memory[offsets.long()])
+            inside, offsets = torch.broadcast_tensors(mask.data, offsets)
             values = torch.full(offsets.shape, other, dtype=pointer.memory.dtype)
             values[inside] = pointer.memory[offsets[inside]]
             return Value(values)
@@ -342,12 +356,14 @@ class Chip:
             arange=lambda first, end, layout: Value(torch.arange(first, end)),
             zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype.dtype)),
             load=load,
+            minimum=lambda value, most: Value(value.data.clamp(max=most)),
             allocate_shared_memory=allocate,
             warp_specialize=chip.specialize,
             SliceLayout=lambda *_: None,
             NVMMADistributedLayout=lambda **_: None,
             NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None),
             float32=DType(torch.float32),
+            int32=DType(torch.int32),
             int64=DType(torch.int64),
         )
         return {

@@ -30,7 +30,6 @@ from fpn_kernels.backends.triton import (  # noqa: E402
     lateral_connection_stationary,
     merge_backward,
     output_conv,
-    stationary_kernels,
     upsample_add,
     upsample_add_backward,
     weighted_merge,
@@ -170,7 +169,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     known = set()
     for variant in VARIANTS.values():
         # A kernel whose warps are given groups of their own has those on top: four that multiply, up to four that load.
-        groups = 8 if variant.kernel is stationary_kernels.connect else 0
+        groups = 8 if variant.capabilities else 0
         known.add(identity(source_of(variant), variant.options["num_warps"] + groups))
     top, fine = (torch.empty(2, 256, *s, dtype=torch.bfloat16).to(memory_format=layout) for s in ((16, 32), (32, 64)))
     for mode in ("nearest", "bilinear"):
@@ -195,7 +194,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         feature, bias = fine.repeat(1, 2, 1, 1).contiguous(memory_format=layout), wide[:, 0].clone()
         for coarse in (top, None):
             call = (feature, wide, bias, coarse, fine)
-            lateral_connection_stationary.plan(config, *call)(*call, 1.0)
+            lateral_connection_stationary.plan(config, *call, "nearest")(*call, 1.0)
         kernel = torch.empty(256, 256, 3, 3, dtype=fine.dtype)
         bias = fine[0, :, 0, 0].clone()
         for memory_format in (torch.channels_last, torch.contiguous_format):
@@ -203,7 +202,13 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         # The weights packed, then P2 alone, P3 alone, P4 and P5 together.
         pyramid = [torch.empty(1, 256, *size, dtype=fine.dtype, memory_format=layout) for size in output_conv._PYRAMID]
         output_conv.output_conv_levels(pyramid, [kernel] * 4, [bias] * 4, None)
-    assert len(launched) == 18 + (2 + 2 + 4 + 4) * (layout == torch.channels_last)
+    formats = {"channels": torch.channels_last, "pixels": torch.contiguous_format}
+    for axis in ("channels", "pixels") if layout == torch.contiguous_format else ("channels",):
+        config = lateral_connection_stationary.FLAT_TABLE[axis, "medium"]
+        maps = [each.contiguous(memory_format=formats[axis]) for each in (top, fine)]
+        call = (fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), *maps)
+        lateral_connection_stationary.plan(config, *call, "nearest")(*call, 1.0)
+    assert len(launched) == {torch.contiguous_format: 20, torch.channels_last: 31}[layout]
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)
@@ -228,7 +233,8 @@ def test_every_table_is_compiled() -> None:
             assert any(f"-{rows}x{columns}-" in description for description in described)
     for (arithmetic, _), tile in output_conv.TABLE.items():
         assert sum(d.startswith("output_conv-") and d.endswith(f"-{arithmetic}-{tile}") for d in VARIANTS) >= 3
-    for tile in lateral_connection_stationary.TABLE.values():
+    stationary = lateral_connection_stationary
+    for tile in (*stationary.TABLE.values(), *stationary.FLAT_TABLE.values()):
         assert any(d.startswith("lateral_connection_stationary-") and d.endswith(f"to{tile}") for d in VARIANTS)
     for (arithmetic, _), tile in lateral_connection.TABLE.items():
         ending = f"{arithmetic}-{tile.pixels}x{tile.channels}x{tile.depth}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,16 +33,20 @@ from fpn_kernels.backends.triton import lateral_connection_stationary as station
 from fpn_kernels.backends.triton.lateral_connection_stationary import TABLE, StationaryConfig
 
 NHWC = torch.channels_last
+FORMATS = {"nhwc": NHWC, "nchw": torch.contiguous_format}
+AXES = {"channels": "nhwc", "pixels": "nchw"}
 
 
 class _Emulated:
     """In the place of `launching.Launch`: the same kernel, grid and arguments, emulated."""
 
     previous_ends: Callable[[], None] = staticmethod(lambda: None)
-    module: Any = stationary_kernels
+    # In the kernel's own module's place.
+    module: Any = None
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: Any, constants: Any, like: Tensor) -> None:
         self.names, self.grid, self.numbers, self.constants = kernel.arg_names, grid, numbers, constants
+        self.module = self.module or sys.modules[kernel.fn.__module__]
 
     def __call__(self, *leading: Any) -> None:
         known = (*leading, *self.numbers)
@@ -87,19 +92,27 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t()
 
 
-def _connect(config: StationaryConfig, call: dict[str, Any], gain: float, link: Any = launching.ALONE) -> Tensor:
+def _connect(
+    config: StationaryConfig,
+    call: dict[str, Any],
+    gain: float,
+    link: Any = launching.ALONE,
+    layout: torch.memory_format = NHWC,
+    mode: str = "nearest",
+) -> Tensor:
     feature, weight, top = call["feature"], call["weight"], call["top"]
     shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
-    out = torch.full(shape, float("nan"), dtype=feature.dtype, device=feature.device).contiguous(memory_format=NHWC)
-    assert eligibility.lateral_connection_stationary(feature, weight, call["bias"], top, out) is None
-    run = stationary.plan(config, feature, weight, call["bias"], top, out, link)
+    out = torch.full(shape, float("nan"), dtype=feature.dtype, device=feature.device).contiguous(memory_format=layout)
+    refusal = getattr(eligibility, "lateral_connection_stationary" + "_flat" * config.flat)
+    assert refusal(feature, weight, call["bias"], top, out) is None
+    run = stationary.plan(config, feature, weight, call["bias"], top, out, mode, link)
     run(feature, weight, call["bias"], top, out, gain)
     return out
 
 
-def _check(out: Tensor, call: dict[str, Any], gain: float) -> None:
+def _check(out: Tensor, call: dict[str, Any], gain: float, mode: str = "nearest") -> None:
     """Within one rounding of the result and a few of the float32 sum."""
-    exact = oracle.lateral_connection(call["feature"], call["weight"], call["bias"], call["top"], "nearest", gain)
+    exact = oracle.lateral_connection(call["feature"], call["weight"], call["bias"], call["top"], mode, gain)
     assert torch.isfinite(out).all(), "an element was not written, or was made of one that was not there yet"
     bound = oracle.rounding(out.dtype) * exact.abs() * 1.001 + 64 * torch.finfo(torch.float32).eps
     excess = (out.double() - exact).abs() - bound
@@ -141,15 +154,26 @@ def test_maps_that_are_views(emulated: Any) -> None:
         _check(_connect(config, call, 1.0), call, 1.0)
 
 
-@pytest.mark.parametrize("size", TABLE)
-def test_nothing_depends_on_the_launch_before_until_it_has_ended(size: str, emulated: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        *((config, "nhwc") for config in TABLE.values()),
+        *((stationary.FLAT_TABLE[axis, "medium"], layout) for axis, layout in AXES.items()),
+    ],
+    ids=str,
+)
+def test_nothing_depends_on_the_launch_before_until_it_has_ended(
+    config: StationaryConfig, layout: str, emulated: Any
+) -> None:
     """Until then the coarser map is not there, and what the result is written over may still be read."""
-    config = TABLE[size]
-    call = _call(config)
-    feature, weight, bias, top = (call[name] for name in ("feature", "weight", "bias", "top"))
+    call = _call(config, out_channels=2 * config.channels, height=10, width=24)
+    feature, weight, bias = call["feature"].contiguous(memory_format=FORMATS[layout]), call["weight"], call["bias"]
+    top = call["top"].contiguous(memory_format=FORMATS[layout])
+    call.update(feature=feature, top=top)
     coarse = top.clone()
     top.fill_(float("nan"))
-    out = torch.full((2, weight.shape[0], *feature.shape[2:]), 7.0, dtype=feature.dtype).contiguous(memory_format=NHWC)
+    shape = (2, weight.shape[0], *feature.shape[2:])
+    out = torch.full(shape, 7.0, dtype=feature.dtype).contiguous(memory_format=FORMATS[layout])
     untouched: list[bool] = []
 
     def ends() -> None:
@@ -158,7 +182,7 @@ def test_nothing_depends_on_the_launch_before_until_it_has_ended(size: str, emul
 
     emulated.previous_ends = staticmethod(ends)
     link = launching.Link(follows=True, leads=True)
-    stationary.plan(config, feature, weight, bias, top, out, link)(feature, weight, bias, top, out, 1.0)
+    stationary.plan(config, feature, weight, bias, top, out, "nearest", link)(feature, weight, bias, top, out, 1.0)
     assert untouched[0], "written while the launch before may still read it"
     _check(out, call, 1.0)
 
@@ -253,21 +277,68 @@ def test_what_is_left_to_the_other_kernels(changes: dict[str, Callable[[Tensor],
     assert reason in str(eligibility.lateral_connection_stationary(**call))
 
 
+def _fitting(
+    in_channels: int, feature: str, out: str, top: tuple[int, int] | None, out_channels: int = 256
+) -> list[str]:
+    """A call's tiles; maps of 80 x 160 pixels."""
+
+    def empty(channels: int, size: tuple[int, int], layout: str) -> Tensor:
+        shape = (1, channels, *size)
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=FORMATS[layout])
+
+    call = (
+        *(empty(in_channels, (80, 160), feature), torch.empty(out_channels, in_channels, dtype=torch.bfloat16), None),
+        *(None if top is None else empty(out_channels, top, out), empty(out_channels, (80, 160), out)),
+    )
+    return [str(config) for config in stationary.candidates(*call)]
+
+
 def test_the_tiles_of_the_paper_s_levels() -> None:
     """As many output channels as the weight leaves room for; C5's, of 2,048 input channels, leaves too little."""
-    names = {config: name for name, config in TABLE.items()}
-    fitting = {
-        in_channels: [names[config] for config in stationary.candidates(in_channels, 256, True)]
-        for in_channels in (64, 256, 512, 1024, 2048)
+    large, medium, small = map(str, TABLE.values())
+    assert {c: _fitting(c, "nhwc", "nhwc", (40, 80)) for c in (64, 256, 512, 1024, 2048)} == {
+        **{64: [medium, small], 256: [large, medium, small], 512: [medium, small], 1024: [small], 2048: []}
     }
-    assert fitting == {
-        64: ["medium", "small"],
-        256: ["large", "medium", "small"],
-        512: ["medium", "small"],
-        1024: ["small"],
-        2048: [],
-    }
-    assert stationary.candidates(256, 64, True) == [TABLE["small"]]
+    assert _fitting(256, "nhwc", "nhwc", (40, 80), 64) == [small]
+    # Its twin: NCHW, and a coarser map of another size.
+    large, medium, small, medium_of_pixels, _ = map(str, stationary.FLAT_TABLE.values())
+    assert _fitting(256, "nchw", "nchw", (40, 80)) == [medium_of_pixels, small]
+    assert _fitting(512, "nchw", "nchw", (40, 80)) == [small]
+    assert _fitting(256, "nchw", "nchw", (39, 80)) == []
+    assert _fitting(256, "nchw", "nhwc", (40, 80)) == [medium, small]
+    assert _fitting(256, "nchw", "nhwc", None) == [large, medium, small]
+    assert _fitting(1024, "nhwc", "nhwc", (39, 77)) == [small]
+    assert _fitting(256, "nhwc", "nchw", (40, 80)) == []
+    assert _fitting(256, "nchw", "nhwc", (40, 80), 200) == []
+
+
+FLAT = [(axis, size, feature) for axis, size in stationary.FLAT_TABLE for feature in ("nchw", "nhwc")]
+
+
+@pytest.mark.parametrize(("axis", "size", "feature"), [each for each in FLAT if each[::2] != ("pixels", "nhwc")])
+def test_every_flat_tile(axis: str, size: str, feature: str, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pixels than tiles hold; coarser maps of half the size, of any, and none; the weight either way round."""
+    config, layout = stationary.FLAT_TABLE[axis, size], AXES[axis]
+    has_top = (axis, size) != ("channels", "large")
+    for processors, in_channels, top_size, mode, link in (
+        (1, 2 * config.depth - 24, (5, 12), "nearest", launching.ALONE),
+        (3, 2 * config.depth, (3, 17), "nearest", launching.Link(follows=True)),
+        (132, 2 * config.depth - 8, (11, 9), "nearest-exact", launching.ALONE),
+    ):
+        monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", processors)
+        call = _call(config, in_channels=in_channels, out_channels=2 * config.channels, height=10, width=24)
+        call["feature"] = call["feature"].contiguous(memory_format=FORMATS[feature])
+        size_of_top = (5, 12) if axis == "pixels" else top_size
+        top = random_map((2, 2 * config.channels, *size_of_top), call["feature"].dtype, layout=layout)
+        call["top"] = top if has_top else None
+        result = _connect(config, call, 0.7 if has_top else 1.0, link, FORMATS[layout], mode)
+        _check(result, call, 0.7, mode)
+        alone = {**call, "bias": None, "top": None, "weight": _turned(call["weight"])}
+        _check(_connect(config, alone, 1.0, layout=FORMATS[layout]), alone, 1.0)
+    # Without a coarser map, any number of output channels.
+    call = {**_call(config, height=4, width=8), "top": None}
+    call["feature"] = call["feature"].contiguous(memory_format=FORMATS[feature])
+    _check(_connect(config, call, 1.0, layout=FORMATS[layout]), call, 1.0)
 
 
 @pytest.mark.parametrize("unproven", [True, False])
@@ -327,6 +398,26 @@ def test_on_a_gpu(size: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("axis", "size", "feature"), [each for each in FLAT if each[::2] != ("pixels", "nhwc")])
+def test_flat_on_a_gpu(axis: str, size: str, feature: str) -> None:
+    """The same of the tiles of pixels one after the other, at the size of C2 and with tails."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel is written for compute capability 9.0")
+    config, layout = stationary.FLAT_TABLE[axis, size], FORMATS[AXES[axis]]
+    has_top = (axis, size) != ("channels", "large")
+    for height, width in ((200, 320), (10, 24)):
+        call = _call(config, "cuda", out_channels=2 * config.channels, height=height, width=width)
+        call["feature"] = call["feature"].contiguous(memory_format=FORMATS[feature])
+        call["top"] = call["top"].contiguous(memory_format=layout) if has_top else None
+        for each in (call, {**call, "bias": None, "top": None, "weight": _turned(call["weight"])}):
+            gain = 1.0 if each["top"] is None else 0.7
+            first = _connect(config, each, gain, layout=layout)
+            _check(first, each, gain)
+            for _ in range(20):
+                assert torch.equal(_connect(config, each, gain, layout=layout), first)
+
+
+@pytest.mark.gpu
 def test_a_pathway_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The levels that fit by this kernel, each launched while the one before it runs; the coarsest by the other."""
     if torch.cuda.get_device_capability()[0] != 9:
@@ -334,7 +425,7 @@ def test_a_pathway_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, taken = lateral_connection.plan, []
 
     def planned(feature: Tensor, weight: Tensor, *rest: Any, link: Any) -> Any:
-        fitting = stationary.candidates(weight.shape[1], weight.shape[0], rest[1] is not None)
+        fitting = stationary.candidates(feature, weight, *rest[:3])
         taken.append(bool(fitting))
         return plan(feature, weight, *rest, config=fitting[0] if fitting else None, link=link)
 

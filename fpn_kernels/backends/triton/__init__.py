@@ -18,7 +18,8 @@
     descriptor_convolution.py   their launch
     lateral_connection_descriptors.py   lateral_connection by them: a candidate, nowhere the fastest yet
     stationary_kernels.py       a 1x1 convolution for Hopper, its weight kept in shared memory: device code in Gluon
-    lateral_connection_stationary.py    lateral_connection by it: a candidate that has not run on a GPU yet
+    stationary_flat_kernels.py  its twin for NCHW and for coarser maps of any size
+    lateral_connection_stationary.py    lateral_connection by them: candidates that have not run on a GPU yet
     output_conv.py              3x3 convolution of one map or of a pyramid by them
     top_down_pathway.py         the lateral connections of all levels, each launched while the one before it runs
     autotune.py                 FPN_KERNELS_AUTOTUNE=1: candidates measured once and remembered on disk

@@ -243,22 +243,13 @@ def lateral_connection_descriptors(feature: Tensor, weight: Tensor) -> str | Non
     return _descriptor_refusal("feature", feature, "channels", "pixels") or _product_refusal(feature, weight)
 
 
-def lateral_connection_stationary(
-    feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor
-) -> str | None:
-    """Why a call that `lateral_connection` serves is not for the kernel that keeps the weight in shared memory."""
+def _stationary_refusal(feature: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> str | None:
     if INTERPRETED:
         return "the interpreter knows nothing of Gluon"
     if feature.is_cuda and capability(feature.device.index)[0] != 9:
         return "the kernel is written for the tensor cores of compute capability 9.0"
     if feature.dtype == torch.float32:
         return "the kernel multiplies 16-bit numbers"
-    maps = (("feature", feature), ("the result", out), *(() if top is None else (("top", top),)))
-    for name, each in maps:
-        if geometry.inner_axis(each) != "channels":
-            return _descriptor_refusal(name, each, "channels") or f"{name} is not an NHWC map"
-    if top is not None and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
-        return "the coarser map has half the size of the finer one"
     if not (geometry.rows_are_aligned(weight) or geometry.rows_are_aligned(weight.t())):
         return "the weight is read through a tensor descriptor, as a matrix whose rows or columns are contiguous"
     if bias is not None and geometry.strides(bias)[0] != 1:
@@ -266,6 +257,37 @@ def lateral_connection_stationary(
     if geometry.needs_int64(feature, out):
         return "the kernel counts strides in int32"
     return _product_refusal(feature, weight)
+
+
+def lateral_connection_stationary(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor
+) -> str | None:
+    """Why a call that `lateral_connection` serves is not for the kernel that keeps the weight in shared memory."""
+    maps = (("feature", feature), ("the result", out), *(() if top is None else (("top", top),)))
+    for name, each in maps:
+        if geometry.inner_axis(each) != "channels":
+            return _descriptor_refusal(name, each, "channels") or f"{name} is not an NHWC map"
+    if top is not None and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+        return "the coarser map has half the size of the finer one"
+    return _stationary_refusal(feature, weight, bias, out)
+
+
+def lateral_connection_stationary_flat(
+    feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor
+) -> str | None:
+    """The same, of its twin whose tiles are pixels one after the other."""
+    axis = geometry.flat_axis(out)
+    if axis is None or geometry.flat_axis(feature) is None:
+        return "feature and result are moved through tensor descriptors, the pixels as one axis"
+    if axis == "pixels" and geometry.flat_axis(feature) == "channels":
+        return "a result in NCHW is made of a feature in NCHW"
+    if top is not None and axis == "channels" and geometry.inner_axis(top) != "channels":
+        return "top is an NHWC map where the result is one"
+    if top is not None and axis == "pixels" and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+        return "the coarser map has half the size of the finer one"
+    if top is not None and geometry.needs_int64(top):
+        return "the kernel counts offsets in int32"
+    return _stationary_refusal(feature, weight, bias, out)
 
 
 def output_conv(

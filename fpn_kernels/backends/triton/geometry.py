@@ -65,6 +65,19 @@ def inner_axis(tensor: Tensor) -> str | None:
     return None
 
 
+def flat_axis(tensor: Tensor) -> str | None:
+    """As `inner_axis`, of a map whose pixels are one axis."""
+    if not pixels_are_flat(tensor) or any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        return None
+    flat = tensor.flatten(2)
+    for axis, dim in (("channels", 1), ("pixels", 2)):
+        if alignment(flat, dim, flat.shape[dim]) >= full_access(flat):
+            return axis
+    return None
+
+
 def rows_are_aligned(matrix: Tensor) -> bool:
     """Whether a tensor descriptor reads a matrix along its rows."""
     return alignment(matrix, 1, matrix.shape[1]) >= full_access(matrix) and matrix.stride(0) > 0

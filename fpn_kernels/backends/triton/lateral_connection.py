@@ -121,8 +121,8 @@ def _measured(
         candidates += boxes
         if arithmetic in DESCRIPTORS:
             default = lateral_connection_descriptors.choose(arithmetic, out, geometry.processors(feature))
-    if autotune.UNPROVEN and eligibility.lateral_connection_stationary(feature, weight, bias, top, out) is None:
-        candidates += lateral_connection_stationary.candidates(weight.shape[1], weight.shape[0], top is not None)
+    if autotune.UNPROVEN:
+        candidates += lateral_connection_stationary.candidates(feature, weight, bias, top, out)
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
     if top is not None and top.is_meta and autotune.ENABLED:
         top = torch.empty_like(top, device=feature.device).normal_()  # a pathway's, which is yet to be computed
@@ -191,7 +191,7 @@ def plan(
     if isinstance(config, BoxConfig):
         return lateral_connection_descriptors.plan(config, feature, weight, bias, top, out, mode, link)
     if isinstance(config, StationaryConfig):
-        return lateral_connection_stationary.plan(config, feature, weight, bias, top, out, link)
+        return lateral_connection_stationary.plan(config, feature, weight, bias, top, out, mode, link)
     pixel_tiles, channel_tiles = -(-height * width // config.pixels), -(-out_channels // config.channels)
     launch_connect = launching.Launch(
         connect,

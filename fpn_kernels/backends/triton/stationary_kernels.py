@@ -50,7 +50,7 @@ NUMBERS = (
 # and of one that loads.  A multiprocessor has 65,536: 8 warps of 232 and 4 of 40 (a group of four is the least that is
 # given registers) take 64,512.
 GROUPS = gl.constexpr(2)
-_MULTIPLYING, _LOADING = gl.constexpr(232), gl.constexpr(40)
+MULTIPLYING, LOADING = gl.constexpr(232), gl.constexpr(40)
 
 
 @gluon.jit
@@ -58,6 +58,29 @@ def corner(tile, tiles_y, tiles_x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """The image of a tile, and the row and the column of its first pixel."""
     y = (tile // tiles_x) % tiles_y
     return (tile // tiles_x) // tiles_y, y * ROWS, tile % tiles_x * COLUMNS
+
+
+@gluon.jit
+def load_weight(
+    weight, weights, full, in_channels, out_channels, row, channel,
+    CHANNELS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
+    """The weight of a program's output channels, in chunks."""
+    BYTES: gl.constexpr = CHANNELS * DEPTH * weight.dtype.element_ty.primitive_bitwidth // 8
+    if TURNED:
+        matrix = tma.make_tensor_descriptor(
+            weight, [in_channels, out_channels], [row, 1], [DEPTH, CHANNELS], weights.layout
+        )
+    else:
+        matrix = tma.make_tensor_descriptor(
+            weight, [out_channels, in_channels], [row, 1], [CHANNELS, DEPTH], weights.layout
+        )
+    for k in gl.static_range(CHUNKS):
+        mbarrier.expect(full.index(k), BYTES)
+        if TURNED:
+            tma.async_copy_global_to_shared(matrix, [k * DEPTH, channel], full.index(k), weights.index(k))
+        else:
+            tma.async_copy_global_to_shared(matrix, [channel, k * DEPTH], full.index(k), weights.index(k))
 
 
 @gluon.jit
@@ -75,20 +98,9 @@ def load_features(
         feature, [batch, height, width, in_channels], [n_stride, y_stride, x_stride, 1],
         [1, ROWS, COLUMNS, DEPTH], features.layout,
     )  # fmt: skip
-    if TURNED:
-        matrix = tma.make_tensor_descriptor(
-            weight, [in_channels, out_channels], [weight_row, 1], [DEPTH, CHANNELS], weights.layout
-        )
-    else:
-        matrix = tma.make_tensor_descriptor(
-            weight, [out_channels, in_channels], [weight_row, 1], [CHANNELS, DEPTH], weights.layout
-        )
-    for k in gl.static_range(CHUNKS):
-        mbarrier.expect(weight_full.index(k), CHANNELS * DEPTH * BYTES)
-        if TURNED:
-            tma.async_copy_global_to_shared(matrix, [k * DEPTH, channel], weight_full.index(k), weights.index(k))
-        else:
-            tma.async_copy_global_to_shared(matrix, [channel, k * DEPTH], weight_full.index(k), weights.index(k))
+    load_weight(
+        weight, weights, weight_full, in_channels, out_channels, weight_row, channel, CHANNELS, DEPTH, CHUNKS, TURNED
+    )
     chunk = 0
     for tile in range(first, tiles, step):
         n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
@@ -263,7 +275,7 @@ def connect(
             (load_tops, (
                 top, tops, top_barriers, top_shape, top_strides, channel, schedule, ROWS, COLUMNS, CHANNELS, FOLLOWS,
             )),
-        ], [4, 1, 1], [_MULTIPLYING, _LOADING, _LOADING])  # fmt: skip
+        ], [4, 1, 1], [MULTIPLYING, LOADING, LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (multiply, (
@@ -278,4 +290,4 @@ def connect(
                 feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel,
                 schedule, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
             )),
-        ], [4, 1], [_MULTIPLYING, _LOADING])  # fmt: skip
+        ], [4, 1], [MULTIPLYING, LOADING])  # fmt: skip
