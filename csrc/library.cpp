@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(fpn_kernels_native, m) {
   m.def(
       "merge_backward(Tensor grad, Tensor? own, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) -> ()");
   m.def(
-      "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor factors, int mode, Tensor(a!) out) -> ()");
+      "weighted_merge(Tensor first, Tensor second, Tensor? third, Tensor weights, bool relu, float eps, int mode, "
+      "Tensor(a!) out) -> ()");
   m.def(
       "weighted_merge_backward(Tensor grad, Tensor input, Tensor factor, Tensor(a!) grad_input, "
       "Tensor(b!) grad_factor) -> ()");

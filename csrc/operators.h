@@ -23,11 +23,14 @@ bool lateral_connection(
     int64_t mode,
     double gain,
     Tensor out);
+// weights are float32 or float64: the factors or, with relu, what they are made of as relu(w) / (sum of relu(w) + eps).
 void weighted_merge(
     const Tensor& first,
     const Tensor& second,
     const std::optional<Tensor>& third,
-    const Tensor& factors,
+    const Tensor& weights,
+    bool relu,
+    double eps,
     int64_t mode,
     Tensor out);
 void weighted_merge_backward(

@@ -27,13 +27,28 @@ int64_t scratch_bytes(const WeightedMerge& call) {
   return bytes;
 }
 
+// Makes the factors, which are weights so far, add up to one: each step rounded to A, as PyTorch's are.
+template <class A>
+void normalize(WeightedMerge& call, double eps) {
+  A positive[3], total = 0;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const A weight = static_cast<A>(call.inputs[i].factor);
+    positive[i] = weight <= 0 ? 0 : weight;  // NaN stays NaN
+    total += positive[i];
+  }
+  total += static_cast<A>(eps);
+  for (int64_t i = 0; i < call.count; ++i) call.inputs[i].factor = positive[i] / total;
+}
+
 }  // namespace
 
 void weighted_merge(
     const Tensor& first,
     const Tensor& second,
     const std::optional<Tensor>& third,
-    const Tensor& factors,
+    const Tensor& weights,
+    bool relu,
+    double eps,
     int64_t mode,
     Tensor out) {
   const Dtype dtype = dtype_of(first);
@@ -53,7 +68,7 @@ void weighted_merge(
   while (call.count < 3 && inputs[call.count] != nullptr) {
     WeightedMap& input = call.inputs[call.count];
     input.map = map_of(*inputs[call.count]);
-    input.factor = number_of(factors, call.count);
+    input.factor = number_of(weights, call.count);
     input.resized = input.map.height != height || input.map.width != width;
     if (input.resized) {
       std::optional<ForwardTable>*rows = tables + 2 * call.count, *columns = rows + 1;
@@ -65,6 +80,7 @@ void weighted_merge(
     flat = flat && !input.resized && planes_are_rows(*inputs[call.count]);
     ++call.count;
   }
+  if (relu) (dtype == Dtype::float64 ? normalize<double> : normalize<float>)(call, eps);
   if (!call.channels_last && flat) {
     const int64_t plane = height * width;
     for (int64_t i = 0; i < call.count; ++i) make_rows_of_planes(call.inputs[i].map, plane);

@@ -148,12 +148,16 @@ def merge_backward(
 def normalized(weights: Tensor, like: Tensor, normalization: str, eps: float) -> Tensor:
     """The factors of maps like `like`: weights in the dtype of the sums, made to add up to one.  Differentiable."""
     weights = weights.to(_sum_dtype(like.dtype))
-    if normalization == "softmax":
-        return torch.softmax(weights, 0)
     if normalization == "relu":
-        positive = torch.relu(weights)
-        return positive / (positive.sum() + eps)
-    return weights
+        return divided(weights, eps)[0]
+    return torch.softmax(weights, 0) if normalization == "softmax" else weights
+
+
+def divided(weights: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The positive parts of weights divided by their sum and eps; and what they were divided by."""
+    positive = torch.relu(weights)
+    total = positive.sum() + eps
+    return positive / total, total
 
 
 def weighted_merge(

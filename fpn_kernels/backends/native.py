@@ -113,11 +113,15 @@ def weighted_merge(
     eps: float = 0.0,
 ) -> Callable[..., Tensor]:
     shape, out_format, number = tuple(first.shape), result_format(first), _MODE_NUMBERS[mode]
-    merge = torch.ops.fpn_kernels_native.weighted_merge.default
+    merge, relu = torch.ops.fpn_kernels_native.weighted_merge.default, normalization == "relu"
+    # The library reads these; softmax is left to PyTorch, whose exponential is not the C library's bit for bit.
+    read_as_given = normalization != "softmax" and weights.dtype in (torch.float32, torch.float64)
 
     def run(first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, mode: str, *_: object) -> Tensor:
         out = allocate(shape, first, out_format)
-        merge(first, second, third, normalized(weights, first, normalization, eps), number, out)
+        if not read_as_given:
+            weights = normalized(weights, first, "none" if relu else normalization, eps)
+        merge(first, second, third, weights, relu, eps, number, out)
         return out
 
     return run

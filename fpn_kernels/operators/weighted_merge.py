@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fpn_kernels.backends import serving
-from fpn_kernels.backends.eager import inner_product, normalized, scaled
+from fpn_kernels.backends.eager import divided, inner_product, normalized, scaled
 from fpn_kernels.backends.layouts import allocate, result_format
 from fpn_kernels.operators import direct, registration
-from fpn_kernels.operators.checks import check_weighted_merge
+from fpn_kernels.operators.checks import check_weighted_merge, sum_dtype
 
 
 def _inputs(first: Tensor, second: Tensor, third: Tensor | None) -> tuple[Tensor, ...]:
@@ -80,7 +80,12 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, *maps = ctx.saved_tensors
-    factors = normalized(weights, grad, ctx.normalization, ctx.eps)
+    wide, total = weights.to(sum_dtype(grad)), None
+    # Normalised once, for the gradients of the maps and of the weights: on a GPU each step is a launch.
+    if ctx.normalization == "relu":
+        factors, total = divided(wide, ctx.eps)
+    else:
+        factors = normalized(wide, grad, ctx.normalization, ctx.eps)
     wants_weights = ctx.needs_input_grad[3]
     gradients: list[Tensor | None] = []
     grad_factors: list[Tensor] = []
@@ -105,23 +110,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_factors.append(inner_product(share, tensor))
     if not wants_weights:
         return *gradients, None
-    return *gradients, _of_weights(torch.stack(grad_factors), weights, factors, ctx.normalization, ctx.eps)
+    grad_weights = _of_weights(torch.stack(grad_factors), wide, factors, total, ctx.normalization)
+    return *gradients, grad_weights.to(weights.dtype)
 
 
-def _of_weights(grad: Tensor, weights: Tensor, factors: Tensor, normalization: str, eps: float) -> Tensor:
-    """The gradient of the weights from that of the factors.  Differentiable.
+def _of_weights(grad: Tensor, weights: Tensor, factors: Tensor, total: Tensor | None, normalization: str) -> Tensor:
+    """The gradient of the weights from that of the factors, all in the dtype of the sums.  Differentiable.
 
-    With ``r = relu(w)`` and ``s = sum(r) + eps``: ``df_i / dw_j = [w_j > 0] ([i = j] - f_i) / s``; of softmax
-    ``df_i / dw_j = f_j ([i = j] - f_i)``.
+    With ``r = relu(w)`` and ``total = sum(r) + eps``: ``df_i / dw_j = [w_j > 0] ([i = j] - f_i) / total``; of softmax
+    ``df_i / dw_j = f_j ([i = j] - f_i)``.  ATen's own steps, where it has one for several: each is a launch on a GPU.
     """
     if normalization == "none":
         return grad
-    centred = grad - (grad * factors).sum()
+    result: Tensor
     if normalization == "softmax":
-        return (factors * centred).to(weights.dtype)
-    positive = torch.relu(weights.to(grad.dtype))
-    # Not "above 0": PyTorch hands on the gradient of what is not a number.
-    return torch.where(positive <= 0, 0.0, centred / (positive.sum() + eps)).to(weights.dtype)
+        result = torch.ops.aten._softmax_backward_data(grad, factors, 0, grad.dtype)
+    else:
+        assert total is not None
+        centred = grad - (grad * factors).sum()
+        # 0 where a weight is at most 0: what is not a number is handed on.
+        result = torch.ops.aten.threshold_backward(centred / total, weights, 0)
+    return result
 
 
 _NAME = registration.define(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -46,6 +47,9 @@ _RUN_TIME = [
 # By their places: what the kernel is told.
 NORMALIZATIONS = ("none", "relu", "softmax")
 _RELU, _SOFTMAX = (tl.constexpr(NORMALIZATIONS.index(name)) for name in ("relu", "softmax"))
+
+# What the kernels read weights as, on every chip: of the 8-bit floats compute capability 8.0 reads one.
+_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 READINGS = ("same", "pairs", "nearest", "bilinear")
 
@@ -337,6 +341,11 @@ def plan(
     )
 
 
+def _read(weights: Tensor) -> Tensor:
+    """The weights as the kernels read them: one after the other, of a dtype that every chip knows."""
+    return (weights if weights.dtype in _POINTERS else weights.float()).contiguous()
+
+
 def launch(
     first: Tensor,
     middle: Tensor | None,
@@ -349,7 +358,7 @@ def launch(
     eps: float = 0.0,
 ) -> None:
     run = plan(first, middle, last, last_factor, out, mode, normalization, eps)
-    run(first, first if middle is None else middle, last, weights.contiguous(), out)
+    run(first, first if middle is None else middle, last, _read(weights), out)
 
 
 @AtOnce
@@ -374,22 +383,29 @@ def weighted_merge(
     def run(first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, mode: str, *_: object) -> Tensor:
         out = allocate(shape, first, out_format)
         middle, last = (third, second) if second_is_last else (second, third)
-        merge(first, first if middle is None else middle, last, weights.contiguous(), out)
+        merge(first, first if middle is None else middle, last, _read(weights), out)
         return out
 
     return run
 
 
 def variants() -> Iterator[Variant]:
-    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps."""
-    cases = [(key, tile, 16) for key, tiles in TABLE.items() for tile in tiles]
-    cases += [(key, fitting(tiles, 256, 0), 0) for key, tiles in TABLE.items() if key[2] == 2]
-    for (walk, reading, size), config, alignment in cases:
+    """What `launch` may compile: every tile of the table on dense maps, and 16-bit ones on strided maps.
+
+    Weights of another dtype than float32 are read alike in every one of them: they are described once a kernel.
+    """
+    usual, *others = _POINTERS.values()
+    cases = [(key, tile, 16, usual) for key, tiles in TABLE.items() for tile in tiles]
+    cases += [(key, fitting(tiles, 256, 0), 0, usual) for key, tiles in TABLE.items() if key[2] == 2]
+    cases += [
+        (key, TABLE[key][0], 16, other) for key in (("channels", "same", 2), ("planes", "same", 2)) for other in others
+    ]
+    for (walk, reading, size), config, alignment, weights in cases:
         gathered = walk == "planes" and reading in ("nearest", "bilinear")
-        for third in (False, True):
+        for third in (False, True) if weights == usual else (True,):
             yield variant(
                 weighted_channels if walk == "channels" else weighted_planes,
-                {**dict.fromkeys(("first", "middle", "last", "out"), POINTER_TYPES[size]), "weights": "*fp32"},
+                {**dict.fromkeys(("first", "middle", "last", "out"), POINTER_TYPES[size]), "weights": weights},
                 ("scale_y", "scale_x", "eps"),
                 {
                     **{"READING": reading, "MODE": "bilinear" if reading == "bilinear" else "nearest"},
@@ -399,7 +415,8 @@ def variants() -> Iterator[Variant]:
                 },
                 {"num_warps": config.num_warps, "enable_fp_fusion": False},
                 f"weighted_merge-{walk}-{reading}-{'three' if third else 'two'}-{8 * size}bit"
-                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}",
+                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}"
+                + ("" if weights == usual else f"-weights-{weights[1:]}"),
                 aligned=alignment > 0,
                 # The weights are single numbers; in the planes a coarse map is read in shorter runs, or gathered.
                 wide={"STG": 0, **({"LDG": 2 + third} if walk == "channels" or reading == "same" else {})}
