@@ -93,13 +93,15 @@ def test_a_weighted_merge_is_that_of_the_operator(mode: str, count: int, dtype: 
     for layout in ("nchw", "nhwc"):
         first, last = random_map((2, 5, 58, 9), dtype, layout=layout), random_map((2, 5, 30, 4), dtype, layout=layout)
         third = random_map((2, 5, 58, 9), dtype) if count == 3 else None
-        factors = torch.rand(count, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        ours = decompositions.weighted_merge(first, last, third, factors, mode=mode)
-        expected = torch.ops.fpn_kernels.weighted_merge(first, last, third, factors, mode=mode)
-        assert ours.stride() == expected.stride()
+        weights = torch.rand(count, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         # In 16 bits one rounding more or less; else the order of a few products, and that of the bilinear weights.
         due = 2 if dtype.itemsize == 2 else 8
-        assert oracle.error(ours, expected.double()) <= due * oracle.rounding(dtype)
+        for normalization in ("none", "relu", "softmax"):
+            options = {"mode": mode, "normalization": normalization, "eps": 0.25}
+            ours = decompositions.weighted_merge(first, last, third, weights, **options)
+            expected = torch.ops.fpn_kernels.weighted_merge(first, last, third, weights, **options)
+            assert ours.stride() == expected.stride()
+            assert oracle.error(ours, expected.double()) <= due * oracle.rounding(dtype)
 
 
 def test_under_autocast_they_compute_in_the_operators_dtype() -> None:

@@ -181,7 +181,9 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
                 last = (coarse, None) if middle is None else (middle, coarse)
                 weighted_merge.weighted_merge(fine, *last, torch.empty(3), mode)
     weighted_merge.weighted_merge(fine, fine, None, torch.empty(2), "nearest")
-    weighted_merge.weighted_merge(fine, fine, fine, torch.empty(3), "nearest")
+    # Weights of 8 bits are widened before they are handed over.
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        weighted_merge.weighted_merge(fine, fine, fine, torch.empty(3, dtype=dtype), "nearest", "softmax")
     weighted_merge_backward.weighted_merge_backward(fine, fine, torch.empty(()))
     merge_backward.merge_backward(fine, (16, 32), None, "nearest", 1.0)
     if layout == torch.channels_last:
@@ -208,7 +210,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
         maps = [each.contiguous(memory_format=formats[axis]) for each in (top, fine)]
         call = (fine, torch.empty(256, 256, dtype=fine.dtype), fine[0, :, 0, 0].clone(), *maps)
         lateral_connection_stationary.plan(config, *call, "nearest")(*call, 1.0)
-    assert len(launched) == {torch.contiguous_format: 20, torch.channels_last: 31}[layout]
+    assert len(launched) == {torch.contiguous_format: 24, torch.channels_last: 35}[layout]
     for compiled in launched:
         # The gathers take a pointer to partial sums that the plain backward does not use: there it is the result's.
         found = identity(compiled.src, compiled.metadata.num_warps)

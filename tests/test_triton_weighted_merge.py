@@ -117,14 +117,6 @@ def test_int64_offsets_give_the_same_results(layout: str, monkeypatch: pytest.Mo
 
 
 @interpreted
-def test_factors_of_any_stride() -> None:
-    maps = [random_map((1, 5, 4, 6), torch.float32) for _ in range(3)]
-    spaced = torch.tensor([[value, 100.0] for value in FACTORS])[:, 0]
-    result = weighted_merge.weighted_merge(*maps, spaced, "nearest")
-    assert torch.equal(result, weighted_merge.weighted_merge(*maps, torch.tensor(FACTORS), "nearest"))
-
-
-@interpreted
 def test_reasons_to_refuse() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(1, dtype=dtype).expand(shape)

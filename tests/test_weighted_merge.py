@@ -19,7 +19,7 @@ from nodes import (
     require_node,
     spread,
 )
-from samples import LAYOUTS, MERGES, Sizes
+from samples import LAYOUTS, MERGES, Sizes, random_map
 from targets import Target
 from torch.library import opcheck
 
@@ -98,7 +98,9 @@ def test_opcheck(layout: str, mode: str, requires_grad: bool, target: Target) ->
             inputs = maps(node, small, torch.float32, target.device, (layout,) * 3, grad=requires_grad)
             third = inputs[2] if len(inputs) == 3 else None
             weights = torch.rand(len(inputs), device=target.device, requires_grad=requires_grad)
-            keywords = {"mode": mode, "normalization": "relu", "eps": 0.25} if third is None else {"mode": mode}
+            of_three = "none" if mode == "nearest" else "softmax"
+            normalization = "relu" if third is None else of_three
+            keywords = {"mode": mode, "normalization": normalization, "eps": 0.25}
             opcheck(operators.weighted_merge.default, (inputs[0], inputs[1], third, weights), keywords)
             arguments = (inputs[0], torch.randn_like(inputs[0]), weights[0].detach())
             opcheck(operators.weighted_merge_backward.default, arguments)
@@ -187,15 +189,28 @@ def test_autocast_leaves_float64_alone() -> None:
         assert fpn_kernels.weighted_merge(inputs, fusion_weights(2)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+WEIGHT_DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 def test_weights_of_any_dtype(dtype: torch.dtype, target: Target) -> None:
-    inputs = maps("a bottom-up node", UNEVEN, torch.float32, target.device)
-    weights = fusion_weights(3, target.device, dtype, grad=True)
-    with fpn_kernels.use_backend(target.backend):
-        result = fpn_kernels.weighted_merge(inputs, weights)
-        assert torch.equal(result, fpn_kernels.weighted_merge(inputs, weights.float()))
-        result.sum().backward()
-    assert weights.grad is not None and weights.grad.dtype == dtype
+    """Of any strides, too: the same bits as for the same numbers in float32."""
+    for count, normalization, map_dtype in itertools.product((2, 3), NORMALIZATIONS, (torch.float32, torch.bfloat16)):
+        inputs = maps("a bottom-up node", UNEVEN, map_dtype, target.device)[:count]
+        spaced = torch.tensor([0.3, 9.0, 1.7, 9.0, -0.4, 9.0], device=target.device).to(dtype)[: 2 * count : 2]
+        weights, plain = spaced.detach().requires_grad_(), spaced.float().requires_grad_()
+        with target.serves("weighted_merge", "weighted_merge"):
+            result, expected = (
+                fpn_kernels.weighted_merge(inputs, each, normalization=normalization) for each in (weights, plain)
+            )
+        assert torch.equal(result, expected)
+        grad = random_map(result.shape, map_dtype, target.device)
+        with fpn_kernels.use_backend(target.backend):
+            (of_weights,) = torch.autograd.grad(result, weights, grad)
+            (of_plain,) = torch.autograd.grad(expected, plain, grad)
+        # Compared in float32: 8-bit floats know no equality.
+        assert of_weights.dtype == dtype and torch.equal(of_weights.float(), of_plain.to(dtype).float())
 
 
 def test_triton_leaves_two_coarse_maps_to_eager() -> None:

@@ -66,7 +66,8 @@ def test_bad_options_of_the_module_are_named() -> None:
 @pytest.mark.parametrize("node", ["a top-down node", "a bottom-up node", "a coarse map in the middle"])
 def test_compile_with_symbolic_sizes(node: str, target: Target) -> None:
     torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function
-    module = fpn_kernels.WeightedMerge(1 + len(NODES[node]), "softmax").to(target.device)
+    normalization = "relu" if node == "a bottom-up node" else "softmax"
+    module = fpn_kernels.WeightedMerge(1 + len(NODES[node]), normalization).to(target.device)
     compiled = torch.compile(lambda x: module(x).relu(), fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         module.weights.copy_(fusion_weights(len(module.weights), target.device))

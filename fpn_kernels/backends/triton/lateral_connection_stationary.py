@@ -136,7 +136,7 @@ def plan(
     link: launching.Link = launching.ALONE,
 ) -> Callable[..., Sequence[Tensor]]:
     """`lateral_connection.plan` by a tile of these tables; `weight` is [Cout, Cin]."""
-    assert top is not None or not link.follows, "of a launch that follows another, the coarser map is what waits for it"
+    assert config.flat or top is not None or not link.follows, "what loads the coarser map waits for the launch before"
     in_channels, out_channels = feature.shape[1], weight.shape[0]
     tiles, numbers = (_flat_numbers if config.flat else _numbers)(config, feature, weight, top, out)
     channel_tiles = -(-out_channels // config.channels)
