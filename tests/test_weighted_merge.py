@@ -196,7 +196,8 @@ WEIGHT_DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 def test_weights_of_any_dtype(dtype: torch.dtype, target: Target) -> None:
     """Of any strides, too: the same bits as for the same numbers in float32."""
-    for count, normalization, map_dtype in itertools.product((2, 3), NORMALIZATIONS, (torch.float32, torch.bfloat16)):
+    map_dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.bfloat16, torch.float32))
+    for (count, normalization), map_dtype in zip(itertools.product((2, 3), NORMALIZATIONS), map_dtypes, strict=False):
         inputs = maps("a bottom-up node", UNEVEN, map_dtype, target.device)[:count]
         spaced = torch.tensor([0.3, 9.0, 1.7, 9.0, -0.4, 9.0], device=target.device).to(dtype)[: 2 * count : 2]
         weights, plain = spaced.detach().requires_grad_(), spaced.float().requires_grad_()
