@@ -108,6 +108,7 @@ class Shared:
 
     def __init__(self, data: torch.Tensor, layout: Any, chip: Chip) -> None:
         self.data, self.layout, self.chip = data, layout, chip
+        self.dtype = DType(data.dtype)
 
     def index(self, index: int) -> Shared:
         return Shared(self.data[index], self.layout, self.chip)

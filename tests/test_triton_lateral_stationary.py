@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
@@ -189,9 +191,6 @@ def test_nothing_depends_on_the_launch_before_until_it_has_ended(
 
 def _broken(function: str, old: str, new: str) -> types.ModuleType:
     """The kernels with a line of one function changed, wherever it has that line."""
-    import inspect
-    import textwrap
-
     module = types.ModuleType("broken")
     vars(module).update(vars(stationary_kernels))
     source = textwrap.dedent(inspect.getsource(getattr(stationary_kernels, function).fn))
@@ -312,10 +311,13 @@ def test_the_tiles_of_the_paper_s_levels() -> None:
     assert _fitting(256, "nchw", "nhwc", (40, 80), 200) == []
 
 
-FLAT = [(axis, size, feature) for axis, size in stationary.FLAT_TABLE for feature in ("nchw", "nhwc")]
+# Results in NCHW are made of features in NCHW.
+FLAT = [
+    (*key, feature) for key in stationary.FLAT_TABLE for feature in FORMATS if (key[0], feature) != ("pixels", "nhwc")
+]
 
 
-@pytest.mark.parametrize(("axis", "size", "feature"), [each for each in FLAT if each[::2] != ("pixels", "nhwc")])
+@pytest.mark.parametrize(("axis", "size", "feature"), FLAT)
 def test_every_flat_tile(axis: str, size: str, feature: str, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More pixels than tiles hold; coarser maps of half the size, of any, and none; the weight either way round."""
     config, layout = stationary.FLAT_TABLE[axis, size], AXES[axis]
@@ -398,7 +400,7 @@ def test_on_a_gpu(size: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("axis", "size", "feature"), [each for each in FLAT if each[::2] != ("pixels", "nhwc")])
+@pytest.mark.parametrize(("axis", "size", "feature"), FLAT)
 def test_flat_on_a_gpu(axis: str, size: str, feature: str) -> None:
     """The same of the tiles of pixels one after the other, at the size of C2 and with tails."""
     if torch.cuda.get_device_capability()[0] != 9:

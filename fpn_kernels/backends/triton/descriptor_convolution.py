@@ -169,7 +169,7 @@ def top_reading(feature: Tensor, top: Tensor | None, config: BoxConfig) -> str |
     if top is None:
         return None
     inner = geometry.inner_axis(top)
-    if inner is None or tuple(feature.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+    if inner is None or not geometry.has_half_the_size(top, feature):
         return "gather"
     # Sixteen bytes is the least that TMA moves along the innermost axis.
     narrow = inner == "pixels" and config.columns // 2 < geometry.full_access(top)

@@ -265,9 +265,10 @@ def lateral_connection_stationary(
     """Why a call that `lateral_connection` serves is not for the kernel that keeps the weight in shared memory."""
     maps = (("feature", feature), ("the result", out), *(() if top is None else (("top", top),)))
     for name, each in maps:
-        if geometry.inner_axis(each) != "channels":
-            return _descriptor_refusal(name, each, "channels") or f"{name} is not an NHWC map"
-    if top is not None and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+        refusal = _descriptor_refusal(name, each, "channels")
+        if refusal is not None:
+            return refusal
+    if top is not None and not geometry.has_half_the_size(top, out):
         return "the coarser map has half the size of the finer one"
     return _stationary_refusal(feature, weight, bias, out)
 
@@ -283,7 +284,7 @@ def lateral_connection_stationary_flat(
         return "a result in NCHW is made of a feature in NCHW"
     if top is not None and axis == "channels" and geometry.inner_axis(top) != "channels":
         return "top is an NHWC map where the result is one"
-    if top is not None and axis == "pixels" and tuple(out.shape[2:]) != (2 * top.shape[2], 2 * top.shape[3]):
+    if top is not None and axis == "pixels" and not geometry.has_half_the_size(top, out):
         return "the coarser map has half the size of the finer one"
     if top is not None and geometry.needs_int64(top):
         return "the kernel counts offsets in int32"

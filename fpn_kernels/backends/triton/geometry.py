@@ -57,25 +57,26 @@ def inner_axis(tensor: Tensor) -> str | None:
     TMA wants that axis to have stride 1, every other stride to be a multiple of 16 bytes, and the map to begin at one.
     Expanded maps, whose stride is 0, are left out: nothing says that TMA takes them.
     """
+    return _axis_along(tensor, (("channels", 1), ("pixels", 3)))
+
+
+def flat_axis(tensor: Tensor) -> str | None:
+    """As `inner_axis`, of a map whose pixels are one axis."""
+    return _axis_along(tensor.flatten(2), (("channels", 1), ("pixels", 2))) if pixels_are_flat(tensor) else None
+
+
+def _axis_along(tensor: Tensor, axes: tuple[tuple[str, int], ...]) -> str | None:
     if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
         return None
-    for axis, dim in (("channels", 1), ("pixels", 3)):
+    for axis, dim in axes:
         if alignment(tensor, dim, tensor.shape[dim]) >= full_access(tensor):
             return axis
     return None
 
 
-def flat_axis(tensor: Tensor) -> str | None:
-    """As `inner_axis`, of a map whose pixels are one axis."""
-    if not pixels_are_flat(tensor) or any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
-        return None
-    flat = tensor.flatten(2)
-    for axis, dim in (("channels", 1), ("pixels", 2)):
-        if alignment(flat, dim, flat.shape[dim]) >= full_access(flat):
-            return axis
-    return None
+def has_half_the_size(top: Tensor, fine: Tensor) -> bool:
+    """Whether each pixel of the coarser map is read by two rows and two columns of the finer one."""
+    return tuple(fine.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
 
 
 def rows_are_aligned(matrix: Tensor) -> bool:

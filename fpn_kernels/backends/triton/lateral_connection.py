@@ -126,7 +126,7 @@ def _measured(
     layouts = [None if t is None else geometry.inner_axis(t) for t in (feature, top, out)]
     if top is not None and top.is_meta and autotune.ENABLED:
         top = torch.empty_like(top, device=feature.device).normal_()  # a pathway's, which is yet to be computed
-    doubled = top is not None and tuple(out.shape[2:]) == (2 * top.shape[2], 2 * top.shape[3])
+    doubled = top is not None and geometry.has_half_the_size(top, out)
     return autotune.fastest(
         "lateral_connection",
         (arithmetic, *layouts, access, doubled, *weight.shape, *autotune.size_class(out.shape[0], *out.shape[2:])),
@@ -159,7 +159,7 @@ def plan(
     top_height, top_width = (height, width) if top is None else top.shape[2:]
     pixels_last = upsample_add.walk_of(out) == "planes"
     # Where a row of coarse pixels is contiguous, or may be, and each is read by two pixels of a tile's row.
-    doubled = pixels_last and top is not None and (height, width) == (2 * top_height, 2 * top_width)
+    doubled = pixels_last and top is not None and geometry.has_half_the_size(top, feature)
     top_access = 0
     if top is not None:
         top_access = geometry.alignment(top, 3, top_width) if doubled else geometry.alignment(top, 1, out_channels)

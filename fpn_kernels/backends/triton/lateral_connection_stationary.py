@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fpn_kernels.backends.triton import eligibility, geometry, launching
-from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant
+from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
 from fpn_kernels.backends.triton.descriptor_convolution import scratch
 
 # What a block may have on Hopper (227 KB, 1 KB of it reserved), less barriers and what the groups of warps are told.
@@ -242,24 +242,14 @@ def _variant(
         **{"FOLLOWS": link.follows, "LEADS": link.leads},
         **flat,
     }
-    kinds = {
-        **dict.fromkeys(kernels.POINTERS, POINTER_TYPES[2]),
-        **dict.fromkeys(("gain", "scale_y", "scale_x"), "fp32"),
-        **dict.fromkeys(constexprs, "constexpr"),
-    }
-    arguments = kernels.connect.arg_names
-    return Variant(
-        kernels.connect,
-        {name: kinds.get(name, "i32") for name in arguments},
-        constexprs,
-        {(arguments.index(name),): [["tt.divisibility", 16]] for name in kernels.POINTERS},
-        {"num_warps": 4},
-        f"lateral_connection_stationary-{description}-{in_channels}to{config}",
+    described = variant(
+        *(kernels.connect, dict.fromkeys(kernels.POINTERS, POINTER_TYPES[2]), ("gain", "scale_y", "scale_x")),
+        *(constexprs, {"num_warps": 4}, f"lateral_connection_stationary-{description}-{in_channels}to{config}"),
+        aligned=True,
         matrix_product=True,
-        descriptors=True,
         link=link,
-        capabilities=(90,),
     )
+    return dataclasses.replace(described, descriptors=True, capabilities=(90,))
 
 
 def variants() -> Iterator[Variant]:

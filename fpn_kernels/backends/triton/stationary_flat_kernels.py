@@ -129,6 +129,15 @@ def gather(
 
 
 @gluon.jit
+def slot_of_result(features, slot, ALIKE: gl.constexpr, PART: gl.constexpr, LAYOUT: gl.constexpr):
+    """A slot of the ring as a part of the result, which may lie along the other axis than the pixels in it."""
+    part = features.index(slot)
+    if not ALIKE:
+        part = part._reinterpret(features.dtype, PART, LAYOUT)
+    return part
+
+
+@gluon.jit
 def multiply(
     result, top, bias, gain, features, weights, barriers, channel, schedule,
     GROUP: gl.constexpr, FEATURE: gl.constexpr, OUT: gl.constexpr, MODE: gl.constexpr, DOUBLED: gl.constexpr,
@@ -214,7 +223,6 @@ def multiply(
                 top_start, n, p, channel, top_shape, top_strides, scales, pixels, width,
                 OUT, MODE, DOUBLED, PIXELS, CHANNELS, COARSE,
             )  # fmt: skip
-        if HAS_TOP:
             if DOUBLED:
                 pairs = total.reshape([CHANNELS, PIXELS // 2, 2])
                 total = (gain * (pairs + coarse.to(gl.float32).expand_dims(2))).reshape(SHAPE)
@@ -222,10 +230,7 @@ def multiply(
                 total = gain * (total + coarse.to(gl.float32))
         merged = total.to(DTYPE)
         last = (begin + CHUNKS - 1) % STAGES
-        if FEATURE == OUT:
-            last_slot = features.index(last)
-        else:
-            last_slot = features.index(last)._reinterpret(DTYPE, PART, PART_LAYOUT)
+        last_slot = slot_of_result(features, last, FEATURE == OUT, PART, PART_LAYOUT)
         if PARTS == 1:
             last_slot.store(merged.reshape(PART))
             fence_async_shared()
@@ -236,10 +241,7 @@ def multiply(
             tma.store_wait(0)
         else:
             before = (begin + CHUNKS - 2) % STAGES
-            if FEATURE == OUT:
-                slot_before = features.index(before)
-            else:
-                slot_before = features.index(before)._reinterpret(DTYPE, PART, PART_LAYOUT)
+            slot_before = slot_of_result(features, before, FEATURE == OUT, PART, PART_LAYOUT)
             if OUT == "channels":
                 halves = merged.reshape([1, PIXELS, 2, DEPTH]).permute((0, 1, 3, 2)).split()
             else:

@@ -116,28 +116,29 @@ def load_features(
 @gluon.jit
 def load_tops(
     top, tops, barriers, shape, strides, channel, schedule,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, FOLLOWS: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, HAS_TOP: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
     batch, height, width, channels = shape
     n_stride, y_stride, x_stride = strides
     full, free = barriers
     first, step, tiles, tiles_y, tiles_x = schedule
     BYTES: gl.constexpr = top.dtype.element_ty.primitive_bitwidth // 8
-    if FOLLOWS:
-        # Whoever reads a coarse pixel, and so whoever writes a result, comes after this.
-        gdc_wait()
-    maps = tma.make_tensor_descriptor(
-        top, [batch, height, width, channels], [n_stride, y_stride, x_stride, 1],
-        [1, ROWS // 2, COLUMNS // 2, CHANNELS], tops.layout,
-    )  # fmt: skip
-    count = 0
-    for tile in range(first, tiles, step):
-        n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
-        slot = count % GROUPS
-        mbarrier.wait(free.index(slot), (count // GROUPS + 1) & 1)
-        mbarrier.expect(full.index(slot), ROWS * COLUMNS // 4 * CHANNELS * BYTES)
-        tma.async_copy_global_to_shared(maps, [n, y // 2, x // 2, channel], full.index(slot), tops.index(slot))
-        count += 1
+    if HAS_TOP:
+        if FOLLOWS:
+            # Whoever reads a coarse pixel, and so whoever writes a result, comes after this.
+            gdc_wait()
+        maps = tma.make_tensor_descriptor(
+            top, [batch, height, width, channels], [n_stride, y_stride, x_stride, 1],
+            [1, ROWS // 2, COLUMNS // 2, CHANNELS], tops.layout,
+        )  # fmt: skip
+        count = 0
+        for tile in range(first, tiles, step):
+            n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
+            slot = count % GROUPS
+            mbarrier.wait(free.index(slot), (count // GROUPS + 1) & 1)
+            mbarrier.expect(full.index(slot), ROWS * COLUMNS // 4 * CHANNELS * BYTES)
+            tma.async_copy_global_to_shared(maps, [n, y // 2, x // 2, channel], full.index(slot), tops.index(slot))
+            count += 1
 
 
 @gluon.jit
@@ -254,40 +255,28 @@ def connect(
     schedule = program // channel_tiles, gl.num_programs(0) // channel_tiles, tiles, tiles_y, tiles_x
     shape, strides = (batch, height, width, in_channels), (feature_n, feature_y, feature_x)
     result = (out, batch, height, width, out_channels, out_n, out_y, out_x)
-    # The arguments of a group stand in the call: a constexpr that goes through a variable is none afterwards.
+    top_shape, top_strides = (batch, top_height, top_width, out_channels), (top_n, top_y, top_x)
     if HAS_TOP:
         COARSE: gl.constexpr = [1, ROWS // 2, COLUMNS // 2, CHANNELS]
         tops = gl.allocate_shared_memory(DTYPE, [GROUPS] + COARSE, gl.NVMMASharedLayout.get_default_for(COARSE, DTYPE))
-        top_shape, top_strides = (batch, top_height, top_width, out_channels), (top_n, top_y, top_x)
-        gl.warp_specialize([
-            (multiply, (
-                result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
-            )),
-            (multiply, (
-                result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
-            )),
-            (load_features, (
-                feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel,
-                schedule, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
-            )),
-            (load_tops, (
-                top, tops, top_barriers, top_shape, top_strides, channel, schedule, ROWS, COLUMNS, CHANNELS, FOLLOWS,
-            )),
-        ], [4, 1, 1], [MULTIPLYING, LOADING, LOADING])  # fmt: skip
     else:
-        gl.warp_specialize([
-            (multiply, (
-                result, bias, gain, features, weights, features, barriers, top_barriers, channel, schedule,
-                0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
-            )),
-            (multiply, (
-                result, bias, gain, features, weights, features, barriers, top_barriers, channel, schedule,
-                1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
-            )),
-            (load_features, (
-                feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel,
-                schedule, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
-            )),
-        ], [4, 1], [MULTIPLYING, LOADING])  # fmt: skip
+        tops = features  # nobody touches them
+    # The arguments of a group stand in the call: a constexpr that goes through a variable is none afterwards.
+    gl.warp_specialize([
+        (multiply, (
+            result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
+            0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
+        )),
+        (multiply, (
+            result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
+            1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
+        )),
+        (load_features, (
+            feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
+            ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
+        )),
+        (load_tops, (
+            top, tops, top_barriers, top_shape, top_strides, channel, schedule,
+            ROWS, COLUMNS, CHANNELS, HAS_TOP, FOLLOWS,
+        )),
+    ], [4, 1, 1], [MULTIPLYING, LOADING, LOADING])  # fmt: skip
