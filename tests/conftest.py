@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import zlib
@@ -12,6 +13,8 @@ import torch
 from targets import INTERPRETED, Target, description, parameters
 
 from fpn_kernels.backends import serving, triton
+
+ALL_CASES = os.environ.get("FPN_KERNELS_ALL_CASES") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,16 +47,20 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
 
     Each case is drawn by its own name, so that every value of every parameter is met beside some others.
     """
-    if os.environ.get("FPN_KERNELS_ALL_CASES") == "1" or any("[" in argument for argument in config.args):
+    if ALL_CASES or any("[" in argument for argument in config.args):
         return
 
-    def drawn(item: pytest.Item) -> bool:
+    def is_in(item: pytest.Item) -> bool:
         marker = item.get_closest_marker("sampled")
-        return marker is None or zlib.crc32(item.name.encode()) % marker.args[0] == 0
+        return marker is None or _drawn(item, marker.args[0])
 
-    left_out = [item for item in items if not drawn(item)]
-    items[:] = [item for item in items if drawn(item)]
+    left_out = [item for item in items if not is_in(item)]
+    items[:] = [item for item in items if is_in(item)]
     config.hook.pytest_deselected(items=left_out)
+
+
+def _drawn(item: pytest.Item, of: int) -> bool:
+    return zlib.crc32(item.name.encode()) % of == 0
 
 
 def _skip(items: list[pytest.Item]) -> None:
@@ -96,6 +103,22 @@ def _seeded() -> None:
 def _nothing_prepared() -> None:
     """A test that changes what selection goes by meets no call that another one prepared."""
     serving.forget()
+
+
+if INTERPRETED and triton.BACKEND.unavailable() is None:
+    from triton.runtime import interpreter
+
+    @pytest.fixture(autouse=True)
+    def _overflow_checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whether the interpreter asks of every sum and product of integers if it overflows: half of all its time.
+
+        In one test of eight, and in all of them where all cases run.  What overflows gives wrong results, too, which
+        every test looks for.
+        """
+        options = interpreter.interpreter_builder.options
+        checked = ALL_CASES or _drawn(request.node, 8)
+        changed = dataclasses.replace(options, sanitize_overflow=checked)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", changed)
 
 
 @pytest.fixture

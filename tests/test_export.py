@@ -188,7 +188,11 @@ def test_saved_and_aot_compiled_programs_run_without_the_library(tmp_path: Path)
     program = _decomposed(neck, (batches[0],), dynamic=True)
     torch.save(batches, tmp_path / "batches.pt")
     torch.export.save(program, tmp_path / "saved.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    # The wrapper of a program with symbolic sizes takes the C++ compiler ten seconds to optimise.
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "package.pt2"), inductor_configs=options
+    )
     command = [sys.executable, "-c", _ELSEWHERE, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -102,6 +102,7 @@ def _operator(features: list[Tensor], weights: list[Tensor], biases: list[Tensor
     return results
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (1,), (0, 3)], ids=str)
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)], ids=str)
 def test_gradients_of_the_operator(wanted: tuple[bool, ...], used: tuple[int, ...], target: Target) -> None:

@@ -161,6 +161,7 @@ def test_autocast_casts_every_level() -> None:
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "expanded", "misaligned"])
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -82,6 +82,7 @@ def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> Non
     assert torch.equal(top, before[0]) and torch.equal(lateral, before[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "misaligned", "expanded", "sliced-nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
@@ -154,6 +155,7 @@ def test_gradcheck(sizes: tuple[tuple[int, int], tuple[int, int]], mode: str, ta
         assert torch.autograd.gradgradcheck(merge, (top, lateral))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced-nhwc", "permuted"])
