@@ -136,7 +136,7 @@ def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels
         output_conv.output_conv_levels([lateral, top], [kernel, kernel], [None, None], None)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "channels", "sizes"),

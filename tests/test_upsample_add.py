@@ -82,7 +82,6 @@ def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> Non
     assert torch.equal(top, before[0]) and torch.equal(lateral, before[1])
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "misaligned", "expanded", "sliced-nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
