@@ -63,13 +63,15 @@ SANITIZE_FLAGS = [
 AVX2_FLAGS = ["-mavx2", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
-# A file named *_kernel.cpp is compiled once a level, and the CPU's own is chosen at run time.
-LEVELS: dict[str, list[str]] = {"portable": []}
+# A file with one of these endings is compiled once a level, and the CPU's own is chosen at run time; the products
+# of matrices of floats for the levels that fuse a product and a sum.
+LEVELS_BY_ENDING: dict[str, dict[str, list[str]]] = {"_kernel": {"portable": []}, "_floats": {}}
 # A file with one of these endings is compiled for these instructions alone, and left out on other processors.
-FLAGS_BY_ENDING: dict[str, list[str] | None] = {"_avx512": None, "_avx512bf16": None, "_amx": None}
+FLAGS_BY_ENDING: dict[str, list[str] | None] = {"_avx512bf16": None, "_amx": None}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS.update(avx2=AVX2_FLAGS, avx512=AVX512_FLAGS)
-    FLAGS_BY_ENDING.update(_avx512=AVX512_FLAGS, _avx512bf16=[*AVX512_FLAGS, "-mavx512bf16"])
+    LEVELS_BY_ENDING["_kernel"].update(avx2=AVX2_FLAGS, avx512=AVX512_FLAGS)
+    LEVELS_BY_ENDING["_floats"].update(avx2=[*AVX2_FLAGS, "-mfma"], avx512=AVX512_FLAGS)
+    FLAGS_BY_ENDING.update(_avx512bf16=[*AVX512_FLAGS, "-mavx512bf16"])
 # Compilers since GCC 11 and Clang 12 know these; with another, FPN_AMX is not defined.
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
 
@@ -313,12 +315,12 @@ def write_ninja_file(directory: pathlib.Path, library: str, *, cuda: bool = Fals
     build.rule("cxx", [command_line([*cxx, *flags]), "-MMD -MF $out.d $flags -c $in -o $out"])
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cpp") if cuda else [])]
     for source in sorted(sources):
-        ending = next((ending for ending in flags_by_ending if source.stem.endswith(ending)), None)
-        if source.stem.endswith("_kernel"):
-            for level, level_flags in LEVELS.items():
-                build.compile("cxx", source, f"_{level}", [f"-DFPN_LEVEL={level}", *level_flags])
-        elif ending is None:
+        ending = next((e for e in (*LEVELS_BY_ENDING, *flags_by_ending) if source.stem.endswith(e)), None)
+        if ending is None:
             build.compile("cxx", source, "", [])
+        elif ending in LEVELS_BY_ENDING:
+            for level, level_flags in LEVELS_BY_ENDING[ending].items():
+                build.compile("cxx", source, f"_{level}", [f"-DFPN_LEVEL={level}", *level_flags])
         elif (own_flags := flags_by_ending[ending]) is not None:
             build.compile("cxx", source, "", own_flags)
     linker = add_cuda(build, include) if cuda else [*cxx, "-shared", *sanitize]
@@ -362,7 +364,7 @@ class BuildNative(build_ext):
             temporary = target.with_suffix(f".{os.getpid()}")
             shutil.copyfile(built, temporary)
             temporary.replace(target)
-        kinds = f"the CPU ({', '.join(LEVELS)})"
+        kinds = f"the CPU ({', '.join(LEVELS_BY_ENDING['_kernel'])})"
         if without_cuda is None:
             report(f"built the compiled library for {kinds} and CUDA ({', '.join(architectures())})")
             if (mismatch := cuda_mismatch()) is not None:

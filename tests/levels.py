@@ -11,7 +11,7 @@ from fpn_kernels.backends import serving
 
 # By the numbers of `torch.ops.fpn_kernels_native.limit_level`.
 LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "amx"}
-AVX512, AMX = 2, 3
+PORTABLE, AVX2, AVX512, AMX = LEVELS
 
 
 def limit(level: int) -> int:

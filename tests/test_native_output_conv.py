@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from levels import AMX, AVX512, LEVELS, here, limited
+from levels import AMX, AVX2, AVX512, LEVELS, PORTABLE, here, limited
 from samples import LAYOUTS, random_map
 from torch import Tensor
 
@@ -28,21 +28,36 @@ def _served(feature: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     return served
 
 
-@pytest.fixture
-def avx512() -> None:
-    if max(here()) < AVX512:
-        pytest.skip("this CPU has no AVX-512")
+def _on(level: int) -> Iterator[None]:
+    if max(here()) < level:
+        pytest.skip(f"this CPU has no {LEVELS[level]}")
+    with limited(level):
+        yield
+
+
+@pytest.fixture(params=[AVX2, AVX512], ids=LEVELS.get)
+def floats(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The levels at which float32 is multiplied."""
+    yield from _on(request.param)
 
 
 # With what each is multiplied.
-PRODUCTS = {torch.float32: AVX512, torch.float16: AVX512, torch.bfloat16: AMX}
+PRODUCTS = {
+    torch.float32: (AVX2, AVX512),
+    torch.float16: (AVX2, AVX512),
+    torch.bfloat16: (AVX2, AMX),
+}
 
 
-@pytest.fixture(params=PRODUCTS, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    if max(here()) < PRODUCTS[request.param]:
-        pytest.skip(f"this CPU has no {LEVELS[PRODUCTS[request.param]]}")
-    return request.param
+@pytest.fixture(
+    params=[(dtype, level) for dtype, levels in PRODUCTS.items() for level in levels],
+    ids=lambda pair: f"{pair[0]}-{LEVELS[pair[1]]}",
+)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """A dtype, at a level at which it is multiplied."""
+    dtype, level = request.param
+    for _ in _on(level):
+        yield dtype
 
 
 @pytest.fixture
@@ -89,7 +104,7 @@ def _poisoned(case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tens
     return (dense.view(n, h, w, c).permute(0, 3, 1, 2) if layout == "nhwc" else dense.view(n, c, h, w)), memory
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("result", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -151,7 +166,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
 }
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("channels", [32, 64, 256])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_errors_of_other_distributions(distribution: str, channels: int) -> None:
@@ -205,7 +220,7 @@ def test_infinities_and_nan_come_out_where_eager_has_them(
     assert oracle.no_worse_than_eager(out[finite], eager[finite], exact[finite])
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_sums_that_fit_do_not_overflow(layout: str) -> None:
     """Pixels of up to 3e38: the transforms add up four of them, and the results are small."""
@@ -265,12 +280,12 @@ def test_what_it_does_not_serve_it_does_not_touch(reason: str) -> None:
     assert _untouched(case, dtype)
 
 
-@pytest.mark.parametrize("level", range(AVX512))
-def test_it_needs_avx512(level: int) -> None:
-    with limited(level):
-        assert _untouched(CASES[0], torch.float32)
+@pytest.mark.parametrize("dtype", PRODUCTS, ids=str)
+def test_it_needs_vectors(dtype: torch.dtype) -> None:
+    with limited(PORTABLE):
+        assert _untouched(CASES[0], dtype)
 
 
-def test_bfloat16_needs_amx() -> None:
-    with limited(AVX512):
-        assert _untouched(CASES[0], torch.bfloat16)
+def test_bfloat16_is_left_to_pytorch_where_there_are_vectors_and_no_tiles() -> None:
+    with limited(AVX512) as level:
+        assert _untouched(CASES[0], torch.bfloat16) == (level == AVX512)

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from levels import AVX512, limited
+from levels import PORTABLE, limited
 from samples import LAYOUTS, random_map
 from targets import Target
 from torch import Tensor
@@ -121,8 +121,9 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
     nhwc = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (grad, feature)]
     if wants_weight and on_cpu and nhwc[0] != nhwc[1]:
         calls.append("reorder")
-    # Among the cases there is no bfloat16 map so large that the adjoint pays without tiles.
-    pays = grad.dtype != torch.bfloat16 or native.multiplies_by_tiles(grad.dtype)
+    # Among the cases there is no bfloat16 map so large that the adjoint pays where oneDNN multiplies it.
+    by_onednn = convolution.onednn_multiplies(grad.dtype) and not native.multiplies_by_tiles(grad.dtype)
+    pays = grad.dtype != torch.bfloat16 or not by_onednn
     large = grad.shape[0] * grad.shape[2] * grad.shape[3] >= 2048
     by_adjoint = wants_feature and (not wants_weight or (on_cpu and large and pays))
     if by_adjoint:
@@ -134,15 +135,19 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_the_adjoint_is_faster(dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("multiplies", [False, True], ids=["without bfloat16", "with bfloat16"])
+def test_where_the_adjoint_is_faster(
+    multiplies: bool, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By what was measured: see `convolution.adjoint_is_faster`."""
+    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: multiplies)
     sizes = {"few": (45, 45), "more": (46, 45), "many": (91, 91)}  # 2,025, 2,070 and 8,281 pixels
     for by_tiles in (False, True):
         pays = {
             name: convolution.adjoint_is_faster(random_map((1, 2, *size), dtype, layout=layout), by_tiles)
             for name, size in sizes.items()
         }
-        if dtype != torch.bfloat16 or by_tiles:
+        if dtype != torch.bfloat16 or by_tiles or not multiplies:
             assert pays == {"few": False, "more": True, "many": True}
         else:
             assert pays == {"few": False, "more": False, "many": layout == "nchw"}
@@ -368,36 +373,40 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize(("size", "large"), [((8, 9), False), ((45, 47), True)], ids=["few pixels", "many pixels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_large_bfloat16_maps_are_multiplied_in_nhwc(
-    dtype: torch.dtype, size: tuple[int, int], large: bool, layout: str
+    dtype: torch.dtype, size: tuple[int, int], large: bool, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
     inputs = _inputs(Case(1, 8, 8, size), dtype, "cpu", layout)
-    # By PyTorch's own convolution: the library's is asked first where there is AMX.
-    with limited(AVX512), Convolutions() as convolutions:
+    # By PyTorch's own convolution: the library's is asked first.
+    with limited(PORTABLE), Convolutions() as convolutions:
         native.output_conv(*inputs, None)
     nhwc = layout == "nhwc" or (large and dtype == torch.bfloat16)
     assert convolutions.calls == [(dtype, nhwc)]
 
 
-@pytest.fixture(params=[False, True], ids=["without float16", "with float16"])
-def has_float16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """A CPU with instructions for float16 products and one without, as far as the choice goes.
+@pytest.fixture(params=[False, True], ids=["without 16 bits", "with 16 bits"])
+def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """A CPU with instructions for products of 16 bits and one without, as far as the choice goes.
 
-    Neither has AVX-512, where the library's own convolution would be asked first.
+    Neither has vectors, where the library's own convolution would be asked first.
     """
-    monkeypatch.setattr(convolution, "_multiplies_float16", lambda: request.param)
-    with limited(0):
+    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: request.param)
+    with limited(PORTABLE):
         yield request.param
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_float16_is_multiplied_in_float32_where_that_is_faster(layout: str, has_float16: bool) -> None:
-    inputs = [t.requires_grad_() for t in _inputs(CASES[1], torch.float16, "cpu", layout)]
+def test_16_bits_are_multiplied_in_float32_where_that_is_faster(
+    layout: str, dtype: torch.dtype, multiplies: bool
+) -> None:
+    inputs = [t.requires_grad_() for t in _inputs(CASES[1], dtype, "cpu", layout)]
     with torch.no_grad(), Convolutions() as convolutions:
         native.output_conv(*inputs, None)
     with fpn_kernels.use_backend("native"):
         result = fpn_kernels.output_conv(*inputs)
-    assert [dtype for dtype, _ in convolutions.calls] == [torch.float16 if has_float16 else torch.float32]
+    assert [used for used, _ in convolutions.calls] == [dtype if multiplies else torch.float32]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = oracle.output_conv(*exact_inputs)
     assert oracle.no_worse_than_eager(result, reference.output_conv(*inputs), exact)
@@ -411,7 +420,8 @@ def test_float16_is_multiplied_in_float32_where_that_is_faster(layout: str, has_
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_layout_to_ask_for(dtype: torch.dtype) -> None:
     large, small = torch.empty(1, 1, 64, 64, dtype=dtype), torch.empty(1, 1, 8, 8, dtype=dtype)
-    wanted = torch.channels_last if dtype == torch.bfloat16 and not native.load_error() else torch.preserve_format
+    nhwc = dtype == torch.bfloat16 and convolution.onednn_multiplies(dtype) and not native.load_error()
+    wanted = torch.channels_last if nhwc else torch.preserve_format
     assert functional.output_conv_format(large) == wanted
     assert functional.output_conv_format(small) == torch.preserve_format
     with fpn_kernels.use_backend("eager"):
@@ -430,7 +440,8 @@ def test_the_layout_to_ask_for_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @compiled
-def test_the_layout_to_ask_for_under_autocast() -> None:
+def test_the_layout_to_ask_for_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.output_conv_format(torch.empty(1, 1, 64, 64)) == torch.channels_last
         assert functional.output_conv_format(torch.empty(1, 1, 64, 64, dtype=torch.float64)) == torch.preserve_format

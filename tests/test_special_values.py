@@ -268,7 +268,7 @@ def test_zeros_and_subnormals_in_a_lateral_connection(layout: str, dtype: torch.
 @pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 @pytest.mark.parametrize("level", LEVELS.values())
 def test_a_slice_of_an_nhwc_map_does_not_see_the_other_channels(level: str) -> None:
-    """Below AVX-512 `native` merges by `torch.addmm`: with AMX that reads a column too many of an odd number."""
+    """Without vectors `native` merges by `torch.addmm`: with AMX that reads a column too many of an odd number."""
     whole = torch.full((1, 5, 6, 31), math.nan, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     feature = whole[:, :3]
     feature.copy_(torch.randn(1, 3, 6, 31))

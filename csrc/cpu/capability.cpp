@@ -64,16 +64,18 @@ Level level() {
 // MKL stays at an AVX2 rate there, 108 GFLOP/s a core, where this library has 228.  float16 has no instructions of its
 // own there, and oneDNN's convolution ran at a seventh of this library's rate and less; on an Intel Xeon that has them
 // (AVX512_FP16) the 3x3 convolution of C3 took 89 ms against 34, the lateral connection no less.  By tiles: see amx.h.
+// Below AVX-512 oneDNN has neither of the 16-bit dtypes, and ATen's own loops took tens of times as long as float32's.
 Product product_of([[maybe_unused]] Dtype dtype) {
 #if defined(__x86_64__)
-  if (level() < Level::avx512) return Product::none;
+  if (level() < Level::avx2 || !__builtin_cpu_supports("fma")) return Product::none;
   switch (dtype) {
     case Dtype::bfloat16: {
       if (level() == Level::amx) return Product::tiles;
-      return __builtin_cpu_supports("avx512bf16") ? Product::vectors : Product::none;
+      if (level() == Level::avx2) return Product::floats;
+      return __builtin_cpu_supports("avx512bf16") ? Product::pairs : Product::none;
     }
     case Dtype::float16:
-    case Dtype::float32: return Product::vectors;
+    case Dtype::float32: return Product::floats;
     case Dtype::float64: break;
   }
 #endif

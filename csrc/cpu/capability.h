@@ -16,8 +16,9 @@ Level level();
 // For tests: all levels give the same bits.  Returns the level then in use.
 int64_t limit_level(int64_t ceiling);
 
-// By what this library multiplies matrices of a dtype on this CPU: by nothing where PyTorch's own products are faster.
-enum class Product { none, vectors, tiles };
+// By what this library multiplies matrices of a dtype on this CPU: float32 vectors, vectors of bfloat16 pairs, AMX tiles,
+// or nothing where PyTorch's own products are faster.
+enum class Product { none, floats, pairs, tiles };
 Product product_of(Dtype dtype);
 
 // Whether bfloat16 is multiplied by AMX tiles.
@@ -37,6 +38,9 @@ Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Ke
 #if defined(__x86_64__)
 #define FPN_CHOOSE(kernel) \
   ::fpn::cpu::choose(&::fpn::cpu::portable::kernel, &::fpn::cpu::avx2::kernel, &::fpn::cpu::avx512::kernel)
+// Of the products, where there are any: see product_of.
+#define FPN_CHOOSE_PRODUCT(kernel) \
+  (::fpn::cpu::level() == ::fpn::cpu::Level::avx2 ? &::fpn::cpu::avx2::kernel : &::fpn::cpu::avx512::kernel)
 #else
 #define FPN_CHOOSE(kernel) (&::fpn::cpu::portable::kernel)
 #endif

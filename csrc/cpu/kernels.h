@@ -120,6 +120,7 @@ struct LateralConnection {
   const float* bias;    // [cout]
   int64_t cin, cout, height, width;
   int64_t operands;     // channels, or pairs of them
+  int64_t weight_line;  // operands from one row of the packed weight, or panel of them, to the next
   int64_t block, blocks;  // pixels in a block, blocks in a map
   ForwardAxis rows, columns;
   double gain;
@@ -212,8 +213,9 @@ struct AmxLateralConnection {
   bool fetches;   // the maps are too large for the caches
 };
 
-// A tile of sums in registers, rows x columns.
+// Blocks of pixels are whole tiles: a multiple of the rows that any level has in registers.
 constexpr int64_t tile_rows = 12;
+// Columns of a matrix that lie together, row by row.
 constexpr int64_t panel_columns = 32;
 // Operands added up in registers at a time: a panel's share stays in the first cache, and shorter chains of sums
 // round less.
@@ -244,13 +246,18 @@ FPN_DECLARE_KERNELS(portable)
 FPN_DECLARE_KERNELS(avx2)
 FPN_DECLARE_KERNELS(avx512)
 
-// Matrix products: floats (float16 and float32 maps), and pairs of bfloat16.
-namespace avx512 {
-void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
-void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
-void output_conv_weight(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);
-void output_conv_blocks(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);
-}  // namespace avx512
+// Matrix products: of floats (float32 maps, and maps of 16 bits widened), and of pairs of bfloat16.
+#define FPN_DECLARE_PRODUCTS(level)                                                                        \
+  namespace level {                                                                                        \
+  void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch); \
+  void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch); \
+  void output_conv_weight(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);               \
+  void output_conv_blocks(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);               \
+  }
+
+FPN_DECLARE_PRODUCTS(avx2)
+FPN_DECLARE_PRODUCTS(avx512)
+
 namespace avx512bf16 {
 void lateral_connection_weight(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
 void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch);
@@ -263,5 +270,6 @@ void lateral_connection_blocks(const AmxLateralConnection&, int64_t begin, int64
 }  // namespace amx
 
 #undef FPN_DECLARE_KERNELS
+#undef FPN_DECLARE_PRODUCTS
 
 }  // namespace fpn::cpu

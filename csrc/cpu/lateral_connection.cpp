@@ -76,7 +76,7 @@ bool lateral_connection(
   call.bias = static_cast<const float*>(bias.const_data_ptr());
   call.gain = gain;
   call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
-  const bool pairs = call.dtype == Dtype::bfloat16;
+  const bool pairs = product == Product::pairs;
   call.operands = pairs ? divide_up(call.cin, 2) : call.cin;
   const int64_t top_height = top.has_value() ? call.top.height : 1, top_width = top.has_value() ? call.top.width : 1;
   const ForwardTable rows(top_height, call.height, static_cast<Mode>(mode), call.dtype);
@@ -86,13 +86,15 @@ bool lateral_connection(
   const int64_t batch = feature.size(0);
   choose_blocks(call, batch);
   const int64_t weight_units = call.channels_last ? divide_up(call.cout, panel_columns) : call.cout;
-  const int64_t weight_line = call.operands * (call.channels_last ? panel_columns : 1);
-  Scratch packed_weight(weight_units * weight_line * operand_bytes);
+  // Rows of a power of two of bytes, of which a tile reads several abreast, would fall into one set of the first cache.
+  constexpr int64_t cache_line = 64 / operand_bytes;
+  call.weight_line = call.channels_last ? call.operands * panel_columns : round_up(call.operands, cache_line) + cache_line;
+  Scratch packed_weight(weight_units * call.weight_line * operand_bytes);
   call.weight = packed_weight.data();
 #if defined(__x86_64__)
-  const auto pack = pairs ? &avx512bf16::lateral_connection_weight : &avx512::lateral_connection_weight;
-  const auto multiply = pairs ? &avx512bf16::lateral_connection_blocks : &avx512::lateral_connection_blocks;
-  run_units(pack, call, weight_units, weight_line, 0);
+  const auto pack = pairs ? &avx512bf16::lateral_connection_weight : FPN_CHOOSE_PRODUCT(lateral_connection_weight);
+  const auto multiply = pairs ? &avx512bf16::lateral_connection_blocks : FPN_CHOOSE_PRODUCT(lateral_connection_blocks);
+  run_units(pack, call, weight_units, call.weight_line, 0);
   run_units(multiply, call, batch * call.blocks, call.block * call.cout, scratch_bytes(call));
 #endif
   return true;

@@ -3,20 +3,20 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "product_vectors.h"
 
 namespace {
 
 // Channels 2 k and 2 k + 1 of a pixel, or of a row of the weight; zero beyond the last.
 using Operand = uint32_t;
 
-inline __m512 spread(const uint32_t* operand) {
+inline Floats spread(const uint32_t* operand) {
   int32_t pair;
   std::memcpy(&pair, operand, sizeof pair);  // two channels of a map may lie across a word's boundary
-  return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
 }
-inline __m512 multiply_add(__m512 sum, __m512 left, __m512 right) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
+inline Floats multiply_add(Floats sum, Floats left, Floats right) {
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(left.v), reinterpret_cast<__m512bh>(right.v))};
 }
 
 // By the instruction that takes denormal numbers for zero, as the product itself does.

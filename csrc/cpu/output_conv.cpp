@@ -17,10 +17,9 @@ namespace {
 // channels are the fewest with a gain in both layouts.  Beyond 512 the sums round more than oneDNN's.  float16: oneDNN runs at a fifth of float32's rate and less.
 // bfloat16 gains nothing where the processor multiplies it: 220 against 225 GFLOP/s of the plain sum.
 bool faster(const OutputConv& call) {
-  if (product_of(call.dtype) != Product::vectors) return false;
+  if (product_of(call.dtype) != Product::floats) return false;
   const int64_t height = call.feature.height, width = call.feature.width, pixels = call.batch * height * width;
-  if (call.dtype == Dtype::float16) return call.cin > 0 && pixels >= 8;
-  if (call.dtype != Dtype::float32) return false;
+  if (call.dtype != Dtype::float32) return call.cin > 0 && pixels >= 8;
   return call.cin >= 8 && call.cin <= 512 && call.cout > 16 && height > 1 && width > 1 && pixels >= 32;
 }
 
@@ -40,7 +39,7 @@ void choose_block(OutputConv& call) {
 bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
   OutputConv call{};
   call.dtype = dtype_of(feature);
-  if (call.dtype == Dtype::bfloat16) return output_conv_bfloat16(feature, weight, bias, out);
+  if (product_of(call.dtype) == Product::tiles) return output_conv_bfloat16(feature, weight, bias, out);
   call.feature = map_of(feature);
   call.out = result_of(out);
   call.batch = feature.size(0);
@@ -67,9 +66,9 @@ bool output_conv(const Tensor& feature, const Tensor& weight, const std::optiona
   call.bias = reinterpret_cast<float*>(room.data() + weight_bytes);
 #if defined(__x86_64__)
   const int64_t weight_units = columns / panel_columns * divide_up(call.cin, 16);
-  run_units(&avx512::output_conv_weight, call, weight_units, 9 * 16 * panel_columns, 0);
+  run_units(FPN_CHOOSE_PRODUCT(output_conv_weight), call, weight_units, 9 * 16 * panel_columns, 0);
   const int64_t blocks = divide_up(call.tiles, call.block);
-  run_units(&avx512::output_conv_blocks, call, blocks, 16 * call.block * call.cin, OutputConvScratch(call).bytes);
+  run_units(FPN_CHOOSE_PRODUCT(output_conv_blocks), call, blocks, 16 * call.block * call.cin, OutputConvScratch(call).bytes);
 #endif
   return true;
 }

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "output_conv_scratch.h"
-#include "vectors.h"
+#include "product_vectors.h"
 
 namespace {
 
@@ -52,23 +52,5 @@ inline void over_runs(const OutputConv& call, int64_t first, int64_t count, Step
     at += run.count;
   }
 }
-
-// The first `count` of a vector's elements; none where it is negative.
-inline __mmask16 first_elements(int64_t count) {
-  return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// Masked elements are zero, and their memory is not touched.
-inline __m512 load_masked(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-inline __m512 load_masked(const Half* from, __mmask16 mask) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
-}
-inline void store_masked(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
-inline void store_masked(Half* to, __mmask16 mask, __m512 value) {
-  _mm256_mask_storeu_epi16(to, mask, to_half({value}));
-}
-
-inline float single(float value) { return value; }
-inline float single(Half value) { return _cvtsh_ss(value.bits); }
 
 }  // namespace

@@ -43,24 +43,25 @@ void recompute(
     for (int64_t c = 0; c < call.cin; ++c) {
       alignas(64) float weights[taps][16];
       gather_taps<T>(call, row, c, weights[0]);
-      __m512d wide[taps][2];
+      Doubles wide[taps][2];
       for (int64_t tap = 0; tap < taps; ++tap) {
-        wide[tap][0] = load_wide(weights[tap]).v;
-        wide[tap][1] = load_wide(weights[tap] + 8).v;
+        wide[tap][0] = load_wide(weights[tap]);
+        wide[tap][1] = load_wide(weights[tap] + 8);
       }
       const T* channel = static_cast<const T*>(map.data) + c * map.stride_c;
       for (int64_t p = 0; p < number; ++p) {
         const T* image = channel + list[p].n * map.stride_n;
-        __m512d low = _mm512_loadu_pd(sums + 16 * p), high = _mm512_loadu_pd(sums + 16 * p + 8);
+        Doubles low = load(sums + 16 * p), high = load(sums + 16 * p + 8);
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t y = list[p].y + tap / 3 - 1, x = list[p].x + tap % 3 - 1;
           const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
           const float pixel = inside ? single(image[y * map.stride_y + x * map.stride_x]) : 0.0f;
-          low = _mm512_fmadd_pd(_mm512_set1_pd(pixel), wide[tap][0], low);
-          high = _mm512_fmadd_pd(_mm512_set1_pd(pixel), wide[tap][1], high);
+          const Doubles value = broadcast<Doubles>(pixel);
+          low = fused(low, value, wide[tap][0]);
+          high = fused(high, value, wide[tap][1]);
         }
-        _mm512_storeu_pd(sums + 16 * p, low);
-        _mm512_storeu_pd(sums + 16 * p + 8, high);
+        store(sums + 16 * p, low);
+        store(sums + 16 * p + 8, high);
       }
     }
     for (int64_t p = 0; p < number; ++p) {
@@ -68,7 +69,7 @@ void recompute(
           list[p].y * call.out.stride_y + list[p].x * call.out.stride_x;
       float results[16];
       for (int i = 0; i < 16; i += 8) {
-        store(results + i, Doubles{_mm512_loadu_pd(sums + 16 * p + i)} + load_wide(call.bias + row + i));
+        store(results + i, load(sums + 16 * p + i) + load_wide(call.bias + row + i));
       }
       T rounded[16];
       store(rounded, load(results));

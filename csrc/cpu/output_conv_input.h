@@ -6,11 +6,11 @@
 namespace {
 
 // B^T of four vectors, which stand for four rows or four columns of the tile.
-inline void input_line(__m512 d0, __m512 d1, __m512 d2, __m512 d3, __m512 (&to)[4]) {
-  to[0] = _mm512_sub_ps(d0, d2);
-  to[1] = _mm512_add_ps(d1, d2);
-  to[2] = _mm512_sub_ps(d2, d1);
-  to[3] = _mm512_sub_ps(d1, d3);
+inline void input_line(Floats d0, Floats d1, Floats d2, Floats d3, Floats (&to)[4]) {
+  to[0] = d0 - d2;
+  to[1] = d1 + d2;
+  to[2] = d2 - d1;
+  to[3] = d1 - d3;
 }
 
 // A map comes from memory, and the hardware follows neither the pixels of four rows nor the rows of as many channels:
@@ -42,10 +42,10 @@ void input_channels_last(
         for (int i = 0; i < 4; ++i) {
           for (int j = 2; j < 4; ++j) __builtin_prefetch(pixels[i][j] + tiles_ahead * map.stride_x + c, 0, 3);
         }
-        __m512 lines[4][4];
+        Floats lines[4][4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          __m512 column[4];
+          Floats column[4];
           input_line(
               read(pixels[0][j] + c), read(pixels[1][j] + c), read(pixels[2][j] + c), read(pixels[3][j] + c), column);
 #pragma GCC unroll 4
@@ -53,16 +53,16 @@ void input_channels_last(
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          __m512 row[4];
+          Floats row[4];
           input_line(lines[i][0], lines[i][1], lines[i][2], lines[i][3], row);
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + (4 * i + j) * input.plane + c, row[j]);
+          for (int j = 0; j < 4; ++j) store(to + (4 * i + j) * input.plane + c, row[j]);
         }
       };
       int64_t c = 0;
-      for (; c + 16 <= call.cin; c += 16) step(c, [](const T* from) { return load(from).v; });
+      for (; c + 16 <= call.cin; c += 16) step(c, [](const T* from) { return load(from); });
       if (c < call.cin) {
-        const __mmask16 tail = first_elements(call.cin - c);
+        const Elements tail = first_elements(call.cin - c);
         step(c, [&](const T* from) { return load_masked(from, tail); });
       }
     }
@@ -74,7 +74,7 @@ struct Group {
   int64_t corner;       // from the map's first pixel: that of row 0, column 0, which may lie in the padding
   uint64_t columns;     // of the 34 that exist
   unsigned rows;        // of the four that exist
-  __mmask16 tiles;      // of the sixteen that are there
+  Elements tiles;       // of the sixteen that are there
   int64_t at;           // the first one's place in the block
 };
 static_assert(sizeof(Group) <= fpn::cpu::list_entry);
@@ -111,14 +111,12 @@ template <class T, bool strided>
 void input_pixels(const OutputConv& call, int64_t first, int64_t count, const TransformedInput& input, Group* groups) {
   const Map& map = call.feature;
   const int64_t number = group_tiles(call, first, count, groups);
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   constexpr int starts[4] = {0, 16, 2, 18};
   for (int64_t c = 0; c < call.cin; ++c) {
     const T* channel = static_cast<const T*>(map.data) + c * map.stride_c;
     for (int64_t g = 0; g < number; ++g) {
       const Group& group = groups[g];
-      __m512 pixels[4][4];
+      Floats pixels[4][4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const bool exists = (group.rows >> i & 1) != 0;
@@ -133,13 +131,13 @@ void input_pixels(const OutputConv& call, int64_t first, int64_t count, const Tr
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          pixels[i][j] = load_masked(row + starts[j], static_cast<__mmask16>(columns >> starts[j]));
+          pixels[i][j] = load_masked(row + starts[j], static_cast<Elements>(columns >> starts[j]));
         }
       }
-      __m512 lines[4][4];
+      Floats lines[4][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        __m512 column[4];
+        Floats column[4];
         input_line(pixels[0][j], pixels[1][j], pixels[2][j], pixels[3][j], column);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
@@ -148,13 +146,11 @@ void input_pixels(const OutputConv& call, int64_t first, int64_t count, const Tr
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         // Columns 0 and 1 of sixteen tiles are every second pixel from the first on, 2 and 3 from the third on.
-        __m512 row[4];
-        input_line(
-            _mm512_permutex2var_ps(lines[i][0], even, lines[i][1]),
-            _mm512_permutex2var_ps(lines[i][0], odd, lines[i][1]),
-            _mm512_permutex2var_ps(lines[i][2], even, lines[i][3]),
-            _mm512_permutex2var_ps(lines[i][2], odd, lines[i][3]),
-            row);
+        Floats row[4];
+        Floats across[4];
+        deinterleave(lines[i][0], lines[i][1], across[0], across[1]);
+        deinterleave(lines[i][2], lines[i][3], across[2], across[3]);
+        input_line(across[0], across[1], across[2], across[3], row);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) store_masked(to + (4 * i + j) * input.plane, group.tiles, row[j]);
       }

@@ -26,10 +26,10 @@ void gather_taps(const OutputConv& call, int64_t row, int64_t channel, float* to
 // Sixteen weights side by side for each of sixteen output channels, to lines of output channels `stride` apart.
 template <class T>
 void transpose_weights(const T* from, int64_t row_stride, float* to, int64_t stride) {
-  Register rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_castps_si512(load(from + i * row_stride).v);
-  transpose_registers<4>(rows);
-  for (int i = 0; i < 16; ++i) store_register<false>(to + i * stride, rows[i]);
+  Floats rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = load(from + i * row_stride);
+  transpose(rows);
+  for (int i = 0; i < 16; ++i) store(to + i * stride, rows[i]);
 }
 
 // The taps of sixteen input channels from `channel` on (those that exist): to[channel][tap][output channel].
@@ -52,28 +52,28 @@ void gather_weights(const OutputConv& call, int64_t row, int64_t channel, float*
 }
 
 // G of three vectors.
-inline void weight_line(__m512 g0, __m512 g1, __m512 g2, __m512 (&to)[4]) {
-  const __m512 half = _mm512_set1_ps(0.5f);
-  const __m512 ends = _mm512_add_ps(g0, g2);
+inline void weight_line(Floats g0, Floats g1, Floats g2, Floats (&to)[4]) {
+  const Floats half = broadcast<Floats>(0.5f);
+  const Floats ends = g0 + g2;
   to[0] = g0;
-  to[1] = _mm512_mul_ps(half, _mm512_add_ps(ends, g1));
-  to[2] = _mm512_mul_ps(half, _mm512_sub_ps(ends, g1));
+  to[1] = half * (ends + g1);
+  to[2] = half * (ends - g1);
   to[3] = g2;
 }
 
 // Nine lines of output channels to sixteen, `plane` apart.
 inline void transform_weight(const float* from, float* to, int64_t plane) {
-  __m512 lines[4][3];
+  Floats lines[4][3];
   for (int j = 0; j < 3; ++j) {
-    __m512 column[4];
+    Floats column[4];
     const float* tap = from + 16 * j;
-    weight_line(_mm512_loadu_ps(tap), _mm512_loadu_ps(tap + 48), _mm512_loadu_ps(tap + 96), column);
+    weight_line(load(tap), load(tap + 48), load(tap + 96), column);
     for (int i = 0; i < 4; ++i) lines[i][j] = column[i];
   }
   for (int i = 0; i < 4; ++i) {
-    __m512 row[4];
+    Floats row[4];
     weight_line(lines[i][0], lines[i][1], lines[i][2], row);
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + (4 * i + j) * plane, row[j]);
+    for (int j = 0; j < 4; ++j) store(to + (4 * i + j) * plane, row[j]);
   }
 }
 

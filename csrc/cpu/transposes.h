@@ -114,6 +114,32 @@ inline void transpose_registers(Register* row) {
   }
 }
 
+// Sixteen vectors of floats, in place.
+inline void transpose(Floats (&rows)[16]) {
+#if defined(__AVX512BW__)
+  Register all[16];
+  for (int i = 0; i < 16; ++i) all[i] = _mm512_castps_si512(rows[i].v);
+  transpose_registers<4>(all);
+  for (int i = 0; i < 16; ++i) rows[i].v = _mm512_castsi512_ps(all[i]);
+#else
+  // Of the four quarters, those beside the diagonal change places.
+  Register quarters[2][2][8];
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 8; ++i) {
+      quarters[0][half][i] = _mm256_castps_si256(rows[8 * half + i].a);
+      quarters[1][half][i] = _mm256_castps_si256(rows[8 * half + i].b);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int other = 0; other < 2; ++other) transpose_registers<4>(quarters[half][other]);
+    for (int i = 0; i < 8; ++i) {
+      rows[8 * half + i].a = _mm256_castsi256_ps(quarters[half][0][i]);
+      rows[8 * half + i].b = _mm256_castsi256_ps(quarters[half][1][i]);
+    }
+  }
+#endif
+}
+
 // to[j * to_stride + i] = from[i * from_stride + j] for i, j < tile_of<T>.
 template <bool streaming, class T>
 inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to_stride) {

@@ -37,7 +37,8 @@ def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     NHWC at 200 x 320 pixels on two cores of Zen 5, 171 and 164 on two of Zen 4; but 5.3 and 5.4 at 25 x 40.  In float32
     neither is ahead (333 and 331).  float64 (ATen's own) is up to twice as fast in NCHW, but rare: left as it is.
     """
-    return torch.channels_last if (device_type, dtype) == ("cpu", torch.bfloat16) else torch.preserve_format
+    nhwc = (device_type, dtype) == ("cpu", torch.bfloat16) and onednn_multiplies(dtype)
+    return torch.channels_last if nhwc else torch.preserve_format
 
 
 def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
@@ -55,7 +56,7 @@ def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
     """
     if grad.device.type != "cpu":
         return False
-    if grad.dtype != torch.bfloat16 or by_tiles:
+    if grad.dtype != torch.bfloat16 or by_tiles or not onednn_multiplies(grad.dtype):
         return is_large(grad)
     return result_format(grad) == torch.contiguous_format and is_large(grad, _MANY_PIXELS)
 
@@ -103,16 +104,20 @@ def gradient_of_weight(
 
 
 @functools.cache
-def _multiplies_float16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies a 16-bit dtype on this CPU."""
+    ask = torch.ops.mkldnn
+    supported = ask._is_mkldnn_fp16_supported if dtype == torch.float16 else ask._is_mkldnn_bf16_supported
+    return torch.backends.mkldnn.is_available() and bool(supported())
 
 
 def arithmetic_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to convert the maps to before a convolution and from after it: float32 where float16 is slow.
+    """The dtype to convert the maps to before a product and from after it: float32 where 16 bits are slow.
 
-    Without instructions for it, float16 falls to ATen's own loops.  At 25 x 40 pixels the convolution took 350 in NCHW
-    and 51 in NHWC, and 11 through float32; the gradient of its weight 60 and 174, and 13 in float32.  A product of two
-    float16 numbers is exact in float32; the sum is rounded to float16 once.
+    Without instructions for it, a dtype falls to ATen's own loops.  float16 at 25 x 40 pixels: the convolution took 350
+    in NCHW and 51 in NHWC, and 11 through float32; the gradient of its weight 60 and 174, and 13 in float32.  bfloat16
+    there on two cores of Zen 3, which has nothing beyond AVX2: 794, 67 and 10; 76, 75 and 18.  A product of two 16-bit
+    numbers is exact in float32; the sum is rounded to 16 bits once.
     """
-    slow = device_type == "cpu" and dtype == torch.float16 and not _multiplies_float16()
+    slow = device_type == "cpu" and dtype in (torch.float16, torch.bfloat16) and not onednn_multiplies(dtype)
     return torch.float32 if slow else dtype

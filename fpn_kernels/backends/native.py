@@ -186,7 +186,7 @@ def _convolution_is_faster(feature: Tensor, out_format: torch.memory_format, has
     if not out_format == nhwc == result_format(feature):
         return False
     if feature.dtype == torch.bfloat16:
-        return not has_top and feature.shape[1] <= 1024
+        return convolution.onednn_multiplies(feature.dtype) and not has_top and feature.shape[1] <= 1024
     return feature.dtype == torch.float32 and feature.shape[1] >= 512
 
 
@@ -210,12 +210,14 @@ def lateral_connection(
 ) -> Callable[..., Tensor]:
     """The library's own matrix product where it is the faster one on this CPU, else PyTorch's.
 
-    PyTorch's serves 16-bit maps by `_accumulate`.  float32 maps go through its convolution and one merge instead: its
-    float32 matrix product was measured less exact than its convolution on small maps (257 channels: 1.2 times).
+    PyTorch's serves 16-bit maps by `_accumulate`.  float32 maps, and maps of a dtype that is multiplied in float32, go
+    through its convolution and one merge instead: its float32 matrix product was measured less exact than its
+    convolution on small maps (257 channels: 1.2 times).
     """
     out_format = requested_format(feature, memory_format)
     shape, number = (feature.shape[0], weight.shape[0], *feature.shape[2:]), _MODE_NUMBERS[mode]
     by_convolution = _convolution_is_faster(feature, out_format, top is not None)
+    dtype, arithmetic = feature.dtype, convolution.arithmetic_dtype("cpu", feature.dtype)
     # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy included,
     # where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
     turns_top = top is not None and top.stride(1) != 1 and not by_convolution and multiplies_by_tiles(feature.dtype)
@@ -244,18 +246,21 @@ def lateral_connection(
             if connect(feature, weight, addend, top, number, gain, out):
                 return out
             declined = True
-        if not by_convolution and feature.dtype != torch.float32:
+        if not by_convolution and arithmetic != torch.float32:
             out = allocate(shape, feature, out_format)
             _accumulate(feature, weight, bias, top, number, gain, out)
             return out
+        if dtype != arithmetic:
+            feature, weight = feature.to(arithmetic), weight.to(arithmetic)
+            bias, top = (None if tensor is None else tensor.to(arithmetic) for tensor in (bias, top))
         lateral = F.conv2d(feature, weight[:, :, None, None], bias)
         if top is None:
-            return lateral.contiguous(memory_format=out_format)
+            return lateral.to(dtype).contiguous(memory_format=out_format)
         if by_convolution:
             return _merge_in_place(top, lateral, number, gain)
-        out = allocate(shape, feature, out_format)
+        out = allocate(shape, lateral, out_format)
         merge(top, lateral, number, gain, out)
-        return out
+        return out.to(dtype)
 
     return run
 
@@ -293,7 +298,7 @@ def output_conv(
     out_format = requested_format(feature, memory_format)
     shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
     by_tiles = multiplies_by_tiles(feature.dtype)
-    own = by_tiles or feature.dtype in (torch.float32, torch.float16)
+    own = True  # or another's, as soon as the library declines
     # The tiles' own copy takes twice as long: a block's share of a channel is short.
     turns = by_tiles and convolution.is_large(feature)
     convolve = torch.ops.fpn_kernels_native.output_conv.default
@@ -306,7 +311,7 @@ def output_conv(
             out = allocate(shape, feature, out_format)
             if convolve(feature, weight, bias, out):
                 return out
-            own = False  # declined, by what calls alike have in common
+            own = False  # by what calls alike have in common
         return _in_layout(_convolve(feature, weight, bias), out_format)
 
     return run

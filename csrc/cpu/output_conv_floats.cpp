@@ -1,4 +1,5 @@
-// The 3x3 convolution of float32 and float16 maps, a block of tiles at a time.  Built for AVX-512 alone.
+// The 3x3 convolution of float32 and 16-bit maps, a block of tiles at a time.  Compiled once a level that fuses
+// (FPN_LEVEL).
 //
 // The products take nine tenths of the time, at the rate of the processor's multipliers (Zen 4: oneDNN's direct
 // convolution reaches the same 114 GFLOP/s a core, on 2.25 times as many).  A block's transformed input stays in the
@@ -55,14 +56,24 @@ void blocks(const OutputConv& call, int64_t begin, int64_t end, std::byte* scrat
 
 }  // namespace
 
-namespace fpn::cpu::avx512 {
+namespace fpn::cpu::FPN_LEVEL {
 
 void output_conv_weight(const OutputConv& call, int64_t begin, int64_t end, std::byte*) {
-  (call.dtype == Dtype::float32 ? transform_weights<float> : transform_weights<Half>)(call, begin, end);
+  switch (call.dtype) {
+    case Dtype::float32: return transform_weights<float>(call, begin, end);
+    case Dtype::float16: return transform_weights<Half>(call, begin, end);
+    case Dtype::bfloat16: return transform_weights<BFloat16>(call, begin, end);
+    case Dtype::float64: return;
+  }
 }
 
 void output_conv_blocks(const OutputConv& call, int64_t begin, int64_t end, std::byte* scratch) {
-  (call.dtype == Dtype::float32 ? blocks<float> : blocks<Half>)(call, begin, end, scratch);
+  switch (call.dtype) {
+    case Dtype::float32: return blocks<float>(call, begin, end, scratch);
+    case Dtype::float16: return blocks<Half>(call, begin, end, scratch);
+    case Dtype::bfloat16: return blocks<BFloat16>(call, begin, end, scratch);
+    case Dtype::float64: return;
+  }
 }
 
-}  // namespace fpn::cpu::avx512
+}  // namespace fpn::cpu::FPN_LEVEL

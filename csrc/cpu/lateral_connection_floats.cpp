@@ -1,16 +1,16 @@
-// Matrix product of floats: float32 maps, and float16 maps widened.  Built for AVX-512 alone.
+// Matrix product of floats: float32 maps, and maps of 16 bits widened.  Compiled once a level that fuses (FPN_LEVEL).
 
 #include <cstring>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "product_vectors.h"
 
 namespace {
 
 using Operand = float;
 
-inline __m512 spread(const float* operand) { return _mm512_set1_ps(*operand); }
-inline __m512 multiply_add(__m512 sum, __m512 left, __m512 right) { return _mm512_fmadd_ps(left, right, sum); }
+inline Floats spread(const float* operand) { return broadcast<Floats>(*operand); }
+inline Floats multiply_add(Floats sum, Floats left, Floats right) { return fused(sum, left, right); }
 
 template <class T>
 inline void write_whole(T* to, Floats value) {
@@ -20,9 +20,6 @@ template <class T>
 inline void write_part(T* to, Floats value, int count) {
   store(to, value, Part{count});
 }
-
-inline float single(float value) { return value; }
-inline float single(Half value) { return _cvtsh_ss(value.bits); }
 
 }  // namespace
 
@@ -82,14 +79,24 @@ float weight_operand(const LateralConnection& call, int64_t row, int64_t k) {
 
 #include "lateral_connection_tiles.inc"
 
-namespace fpn::cpu::avx512 {
+namespace fpn::cpu::FPN_LEVEL {
 
 void lateral_connection_weight(const LateralConnection& call, int64_t begin, int64_t end, std::byte*) {
-  (call.dtype == Dtype::float32 ? pack_weight<float> : pack_weight<Half>)(call, begin, end);
+  switch (call.dtype) {
+    case Dtype::float32: return pack_weight<float>(call, begin, end);
+    case Dtype::float16: return pack_weight<Half>(call, begin, end);
+    case Dtype::bfloat16: return pack_weight<BFloat16>(call, begin, end);
+    case Dtype::float64: return;
+  }
 }
 
 void lateral_connection_blocks(const LateralConnection& call, int64_t begin, int64_t end, std::byte* scratch) {
-  (call.dtype == Dtype::float32 ? blocks<float> : blocks<Half>)(call, begin, end, scratch);
+  switch (call.dtype) {
+    case Dtype::float32: return blocks<float>(call, begin, end, scratch);
+    case Dtype::float16: return blocks<Half>(call, begin, end, scratch);
+    case Dtype::bfloat16: return blocks<BFloat16>(call, begin, end, scratch);
+    case Dtype::float64: return;
+  }
 }
 
-}  // namespace fpn::cpu::avx512
+}  // namespace fpn::cpu::FPN_LEVEL
