@@ -37,17 +37,32 @@ CASES = {
     "one channel": (2, 1, 2, (5, 17), (3, 9)),
     "a shrinking resize": (1, 32, 40, (4, 9), (9, 20)),
     "more pixels than a block has": (1, 17, 34, (40, 41), (20, 21)),
+    "many pixels": (2, 24, 34, (64, 65), (32, 33)),
+    "more sums than the cache holds at once": (1, 48, 1500, (10, 13), (5, 7)),
 }
 
 
 @pytest.fixture(params=PRODUCTS, ids=lambda pair: f"{pair[0]}-{LEVELS[pair[1]]}")
-def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+def product(request: pytest.FixtureRequest) -> Iterator[tuple[torch.dtype, int]]:
     """A dtype, at a level at which it is multiplied."""
     dtype, level = request.param
     if max(here()) < level:
         pytest.skip(f"this CPU has no {LEVELS[level]}")
     with limited(level):
-        yield dtype
+        yield dtype, level
+
+
+@pytest.fixture
+def dtype(product: tuple[torch.dtype, int]) -> torch.dtype:
+    return product[0]
+
+
+def _pays(product: tuple[torch.dtype, int], feature: Tensor, top: Tensor | None, result: str) -> bool:
+    """By what was measured: see `faster` in the driver."""
+    if product != (torch.float32, AVX2):
+        return True
+    many_pixels = feature.shape[0] * feature.shape[2] * feature.shape[3] >= 8192
+    return feature.shape[1] < 512 and (top is not None or (result == "nchw" and many_pixels))
 
 
 def _operands(name: str, dtype: torch.dtype, layouts: tuple[str, str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,8 +94,8 @@ def _merged(
 
 @pytest.mark.parametrize("layouts", LAYOUTS, ids="-to-".join)
 @pytest.mark.parametrize("name", CASES)
-def test_values(name: str, layouts: tuple[str, str], dtype: torch.dtype) -> None:
-    feature, weight, bias, top = _operands(name, dtype, layouts)
+def test_values(name: str, layouts: tuple[str, str], product: tuple[torch.dtype, int]) -> None:
+    feature, weight, bias, top = _operands(name, product[0], layouts)
     matrix = weight[:, :, None, None]
     for given, mode, gain in (
         (top, "nearest", 1.0),
@@ -89,7 +104,9 @@ def test_values(name: str, layouts: tuple[str, str], dtype: torch.dtype) -> None
         (None, "nearest", 1.0),
     ):
         result = _merged(feature, weight, bias, given, mode, gain, layouts[1])
-        assert result is not None
+        assert (result is not None) == _pays(product, feature, given, layouts[1])
+        if result is None:
+            continue
         eager = reference.lateral_connection(feature, matrix, bias, given, mode=mode, gain=gain)
         exact = oracle.lateral_connection(feature, weight, bias, given, mode=mode, gain=gain)
         assert oracle.no_worse_than_eager(result[0], eager, exact)
@@ -107,8 +124,9 @@ def test_every_level_gives_the_same_bits(dtype: torch.dtype, layouts: tuple[str,
             narrow = _merged(*operands, "bilinear", 0.7, layouts[1])
             limit(AVX512)
             wide = _merged(*operands, "bilinear", 0.7, layouts[1])
-        assert narrow is not None and wide is not None
-        assert torch.equal(narrow[0], wide[0])
+        assert wide is not None
+        assert (narrow is not None) == _pays((dtype, AVX2), operands[0], operands[3], layouts[1])
+        assert narrow is None or torch.equal(narrow[0], wide[0])
 
 
 def test_weights_of_any_strides(dtype: torch.dtype) -> None:
