@@ -124,7 +124,7 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
     # Among the cases there is no bfloat16 map so large that the adjoint pays where oneDNN multiplies it.
     by_onednn = convolution.onednn_multiplies(grad.dtype) and not native.multiplies_by_tiles(grad.dtype)
     pays = grad.dtype != torch.bfloat16 or not by_onednn
-    large = grad.shape[0] * grad.shape[2] * grad.shape[3] >= 2048
+    large = grad.shape[0] * grad.shape[2] * grad.shape[3] >= (256 if convolution.by_avx2("cpu", grad.dtype) else 2048)
     by_adjoint = wants_feature and (not wants_weight or (on_cpu and large and pays))
     if by_adjoint:
         calls.append("output_conv")
@@ -141,6 +141,7 @@ def test_where_the_adjoint_is_faster(
 ) -> None:
     """By what was measured: see `convolution.adjoint_is_faster`."""
     monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     sizes = {"few": (45, 45), "more": (46, 45), "many": (91, 91)}  # 2,025, 2,070 and 8,281 pixels
     for by_tiles in (False, True):
         pays = {
@@ -152,6 +153,11 @@ def test_where_the_adjoint_is_faster(
         else:
             assert pays == {"few": False, "more": False, "many": layout == "nchw"}
     assert not convolution.adjoint_is_faster(torch.empty(1, 2, 91, 91, dtype=dtype, device="meta"), True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    in_float32 = dtype == torch.float32 or (dtype != torch.float64 and not multiplies)
+    small = torch.empty(1, 2, 16, 16, dtype=dtype)
+    assert convolution.adjoint_is_faster(small, False) == in_float32
+    assert not convolution.adjoint_is_faster(small[..., :15], False)
 
 
 @pytest.mark.parametrize("layouts", list(itertools.product(["nchw", "nhwc"], repeat=2)), ids="-".join)

@@ -148,6 +148,20 @@ struct OutputConv {
   bool channels_last;       // the result
 };
 
+// The gradient of its weight, and of its bias: see output_conv_backward_weight_floats.cpp.
+struct OutputConvBackwardWeight {
+  OutputConv conv;        // dtype, feature, sizes and tiles
+  Map grad;               // as the feature, its channels side by side
+  Result out;             // [cout, cin, 3, 3]
+  double* bias_sums;      // [cout], or null
+  uint8_t* finite;        // of each unit, whether its sums are
+  int64_t part_out, part_in;    // output and input channels of a unit
+  int64_t parts_out, parts_in;
+  int64_t block;          // tiles transformed at a time
+  int64_t grad_plane, input_plane;  // floats from one transformed element to the next
+  int64_t input_at, sums_at, bias_at, zeros_at, scratch_bytes;
+};
+
 // What the AMX kernels and their drivers agree on: see amx.h.
 constexpr int64_t amx_tile_pixels = 16;
 constexpr int64_t amx_tile_channels = 32;
@@ -253,6 +267,8 @@ FPN_DECLARE_KERNELS(avx512)
   void lateral_connection_blocks(const LateralConnection&, int64_t begin, int64_t end, std::byte* scratch); \
   void output_conv_weight(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);               \
   void output_conv_blocks(const OutputConv&, int64_t begin, int64_t end, std::byte* scratch);               \
+  void output_conv_backward_weight_parts(                                                                   \
+      const OutputConvBackwardWeight&, int64_t begin, int64_t end, std::byte* scratch);                     \
   }
 
 FPN_DECLARE_PRODUCTS(avx2)

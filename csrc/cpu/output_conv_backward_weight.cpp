@@ -1,102 +1,95 @@
-// The gradient of the 3x3 convolution's weight and bias of bfloat16 maps, where this CPU has AMX; elsewhere nothing is
-// done, and the caller takes PyTorch's own.
+// The gradient of the 3x3 convolution's weight and bias, by Winograd's minimal filtering, where that is faster than
+// PyTorch's own; elsewhere nothing is done, and the caller takes that.
 
+#include "output_conv_backward_weight.h"
+
+#include <algorithm>
 #include <vector>
 
-#include "../operators.h"
 #include "capability.h"
 #include "maps.h"
+#include "output_conv_scratch.h"
 
 namespace fpn::cpu {
 
 namespace {
 
-constexpr int64_t step_positions = 32, step_bytes = 1024;  // of sixteen channels
-constexpr int64_t line_steps = 8;
-// Of a block.  Measured with 256 channels on an Intel Xeon with AMX: 8 and 16 took 1.02 to 1.05 times as long.
-constexpr int64_t block_steps = 12;
+// Tiles transformed, and added up in registers, at a time.  Longer sums round less.
+constexpr int64_t block_tiles = 32;
 
-void choose_blocks(AmxOutputConvBackwardWeight& call) {
-  const int64_t rows = call.batch * (call.grad.height + 1) - 1;
-  call.pitch = call.grad.width + 1;
-  call.steps = divide_up(rows * call.pitch - 1, step_positions);
-  call.blocks = divide_up(call.steps, block_steps);
-  call.most_steps = divide_up(call.steps, call.blocks);
-  call.halo = divide_up(call.pitch + 1, step_positions);
-  call.window_bytes = (2 * call.halo + call.most_steps) * step_bytes;
+bool faster(const OutputConvBackwardWeight& call) {
+  // Not measured on AVX-512.
+  if (product_of(call.conv.dtype) != Product::floats || level() != Level::avx2) return false;
+  return call.conv.cin >= 16 && call.conv.cout >= 16 && call.conv.tiles >= 64;
 }
 
-// A unit's time, all but the number of steps: its products, dearer where the sums (36 KB for 32 by 32 channels) leave
-// the second cache, and the copies of both operands.
-int64_t unit_time(int64_t panels, int64_t chunks) {
-  const int64_t product = panels * chunks > 32 ? 8 : 7;
-  return product * panels * chunks + 3 * panels + 4 * chunks;
-}
-
-// The units that are finished first, shared out to the threads.
-void choose_parts(AmxOutputConvBackwardWeight& call) {
+// Parts of equal size, smaller ones where there would be fewer than threads.  Bits do not depend on them.  Measured with
+// 256 channels on Zen 3: parts of 128 by 64 channels and blocks of 32 tiles 192 ms at 150 x 225 pixels, 64 by 64 and 16
+// 243, 64 by 32 and 16 272; blocks of 8 tiles 291.
+void choose_parts(OutputConvBackwardWeight& call) {
   const int64_t threads = torch::stable::get_num_threads();
-  int64_t least = 0;
-  for (int64_t out = 1; out <= call.panels; ++out) {
-    for (int64_t in = 1; in <= call.chunks; ++in) {
-      const int64_t time =
-          divide_up(out * in, threads) * unit_time(divide_up(call.panels, out), divide_up(call.chunks, in));
-      if (least != 0 && time >= least) continue;
-      least = time;
-      call.parts_out = out;
-      call.parts_in = in;
-    }
+  const auto divide = [](int64_t channels, int64_t most, int64_t multiple, int64_t& part, int64_t& parts) {
+    parts = divide_up(channels, most);
+    part = divide_up(divide_up(channels, parts), multiple) * multiple;
+    parts = divide_up(channels, part);
+  };
+  for (const auto& [most_out, most_in] : {std::pair(128, 64), std::pair(64, 64), std::pair(64, 32), std::pair(32, 32), std::pair(16, 32)}) {
+    divide(call.conv.cout, most_out, 16, call.part_out, call.parts_out);
+    divide(call.conv.cin, most_in, panel_columns, call.part_in, call.parts_in);
+    if (call.parts_out * call.parts_in >= threads) return;
   }
 }
 
-void place(AmxOutputConvBackwardWeight& call) {
-  const int64_t panels = divide_up(call.panels, call.parts_out), chunks = divide_up(call.chunks, call.parts_in);
-  call.left_at = 0;
-  call.right_at = call.left_at + panels * 2 * call.most_steps * step_bytes;
-  call.sums_at = call.right_at + 2 * chunks * 2 * call.window_bytes;
-  call.lines_at = call.sums_at + panels * chunks * 4 * 9 * 1024;
-  call.pixels_at = call.lines_at + line_bytes(32 * (1 + line_steps) * step_positions, 2);
-  const int64_t steps = std::max(2 * call.halo, call.most_steps);
-  call.zeros_at = call.pixels_at + line_bytes((steps + 1) * step_positions + 1, sizeof(void*));
-  call.scratch_bytes = call.zeros_at + std::max(panels, chunks) * amx_pixel_bytes;
+void place(OutputConvBackwardWeight& call) {
+  constexpr int64_t cache_line = 16;
+  const int64_t panels = divide_up(call.part_in, panel_columns);
+  call.grad_plane = call.block * call.part_out + cache_line;
+  call.input_plane = call.block * panel_columns + cache_line;
+  call.input_at = line_bytes(transformed_elements * call.grad_plane, 4);
+  call.sums_at = call.input_at + line_bytes(transformed_elements * call.input_plane, 4);
+  call.bias_at = call.sums_at + line_bytes(panels * transformed_elements * call.part_out * panel_columns, 4);
+  call.zeros_at = call.bias_at + line_bytes(call.part_out, 8);
+  call.scratch_bytes = call.zeros_at + line_bytes(std::max(call.part_out, panel_columns), 4);
 }
 
 }  // namespace
 
 bool output_conv_backward_weight(
     const Tensor& grad, const Tensor& feature, Tensor grad_weight, std::optional<Tensor> grad_bias) {
-  if (dtype_of(grad) != Dtype::bfloat16 || product_of(Dtype::bfloat16) != Product::tiles) return false;
-  AmxOutputConvBackwardWeight call{};
-  call.grad = map_of(grad);
-  call.feature = map_of(feature);
-  call.out = result_of(grad_weight);
-  call.batch = grad.size(0);
-  call.cout = grad.size(1);
-  call.cin = feature.size(1);
-  if (grad.numel() == 0 || feature.numel() == 0) return false;
-  call.panels = divide_up(call.cout, amx_panel_channels);
-  call.chunks = divide_up(call.cin, amx_tile_channels);
-  // The feature's rows above and below a block would be most of what is copied: at a width of 8,000 PyTorch's own took
-  // two thirds of the time, at 2,000 four thirds.
-  if (grad.size(3) > 2048) return false;
-  // More threads than units: PyTorch's own shares out the pixels.
-  if (call.panels * call.chunks < torch::stable::get_num_threads()) return false;
+  double* bias_sums = nullptr;
   if (grad_bias.has_value()) {
     STD_TORCH_CHECK(
         grad_bias->scalar_type() == torch::headeronly::ScalarType::Double && grad_bias->is_contiguous(),
         "grad_bias: expected a contiguous float64 tensor");
-    call.bias_sums = static_cast<double*>(grad_bias->mutable_data_ptr());
-    std::fill(call.bias_sums, call.bias_sums + call.cout, 0.0);
+    bias_sums = static_cast<double*>(grad_bias->mutable_data_ptr());
   }
-  choose_blocks(call);
+  OutputConvBackwardWeight call{};
+  call.conv.dtype = dtype_of(grad);
+  if (product_of(call.conv.dtype) == Product::tiles) {
+    return output_conv_backward_weight_bfloat16(grad, feature, grad_weight, bias_sums);
+  }
+  call.conv.feature = map_of(feature);
+  call.conv.batch = feature.size(0);
+  call.conv.cin = feature.size(1);
+  call.conv.cout = grad.size(1);
+  call.conv.tiles_down = divide_up(call.conv.feature.height, 2);
+  call.conv.tiles_across = divide_up(call.conv.feature.width, 2);
+  call.conv.tiles = call.conv.batch * call.conv.tiles_down * call.conv.tiles_across;
+  call.grad = map_of(grad);
+  if (!faster(call) || call.grad.stride_c != 1 || call.conv.feature.stride_c != 1) return false;
+  call.out = result_of(grad_weight);
+  call.bias_sums = bias_sums;
+  call.block = block_tiles;
   choose_parts(call);
   place(call);
   const int64_t units = call.parts_out * call.parts_in;
+  // More threads than units: PyTorch's own shares out the pixels.
+  if (units < torch::stable::get_num_threads()) return false;
   std::vector<uint8_t> finite(static_cast<size_t>(units), 0);
   call.finite = finite.data();
-#if defined(FPN_AMX)
-  const int64_t elements = call.batch * call.grad.height * call.grad.width * call.cin;
-  run_units(&amx::output_conv_backward_weight_parts, call, units, elements, call.scratch_bytes);
+#if defined(__x86_64__)
+  const int64_t elements = call.conv.tiles * call.part_in * 16;
+  run_units(FPN_CHOOSE_PRODUCT(output_conv_backward_weight_parts), call, units, elements, call.scratch_bytes);
 #endif
   return std::all_of(finite.begin(), finite.end(), [](uint8_t one) { return one != 0; });
 }

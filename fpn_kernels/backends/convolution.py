@@ -14,6 +14,8 @@ from fpn_kernels.backends.layouts import result_format
 
 # Below, what a call costs beside the convolution (a copy, a weight turned about) is not earned back.
 _FEW_PIXELS = 2048
+# The same where both products are the library's own and ATen's are slow.
+_VERY_FEW_PIXELS = 256
 # From here on what is gained by a layout is more than what else a detour costs.
 _MANY_PIXELS = 8192
 
@@ -41,15 +43,15 @@ def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.preserve_format
 
 
-def weight_gradient_format(grad: Tensor) -> torch.memory_format:
-    """The layout in which ATen's gradient of the weight is fast; `torch.preserve_format` where either is.
+def by_avx2(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a dtype is multiplied in float32 on a CPU whose widest vectors are AVX2's.
 
-    oneDNN computes it in float32, on CPUs that have AVX2 and no more, slowly from NHWC maps: 2,339 against 446 in NCHW
-    at 150 x 225 pixels on two cores of Zen 3, 809 and 243 at 100 x 160, 122 and 55 at 50 x 80, 21 and 16 at 25 x 40.
+    There oneDNN computes the gradient of the weight slowly from NHWC maps: 2,339 against 446 in NCHW at 150 x 225
+    pixels on two cores of Zen 3, 809 and 243 at 100 x 160, 122 and 55 at 50 x 80, 21 and 16 at 25 x 40.  The compiled
+    library's own, from NHWC maps, takes half of the time in NCHW.
     """
-    slow = grad.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and is_large(grad)
-    in_float32 = arithmetic_dtype(grad.device.type, grad.dtype) == torch.float32
-    return torch.contiguous_format if slow and in_float32 else torch.preserve_format
+    narrow = device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return narrow and arithmetic_dtype(device_type, dtype) == torch.float32
 
 
 def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
@@ -67,6 +69,8 @@ def adjoint_is_faster(grad: Tensor, by_tiles: bool) -> bool:
     """
     if grad.device.type != "cpu":
         return False
+    if by_avx2("cpu", grad.dtype):
+        return is_large(grad, _VERY_FEW_PIXELS)
     if grad.dtype != torch.bfloat16 or by_tiles or not onednn_multiplies(grad.dtype):
         return is_large(grad)
     return result_format(grad) == torch.contiguous_format and is_large(grad, _MANY_PIXELS)
