@@ -38,7 +38,7 @@ def _ratio(row: Row) -> float:
 
 
 def table(results: Results) -> str:
-    """Whole necks first; of each operator the forward first, then as they ran."""
+    """Whole necks first; of each operator the forward first, then as they ran.  Only the columns that were measured."""
     compiled = {
         (row.operator, row.direction, row.case): _ratio(row) for row in results.rows if row.provider == COMPILED
     }
@@ -50,8 +50,9 @@ def table(results: Results) -> str:
         ratio, rival = _ratio(row), compiled.get((row.operator, row.direction, row.case))
         brackets = "" if rival is None else f" ({ratio / rival:.2f}x)"
         cells.setdefault(line, {})[column] = f"{ratio:.2f}x{brackets}"
-    head = ["case", *COLUMNS]
-    lines = [head, ["---"] * len(head), *([line, *(row.get(c, "") for c in COLUMNS)] for line, row in cells.items())]
+    columns = [column for column in COLUMNS if any(column in row for row in cells.values())]
+    head = ["case", *columns]
+    lines = [head, ["---"] * len(head), *([line, *(row.get(c, "") for c in columns)] for line, row in cells.items())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
