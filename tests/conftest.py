@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,22 +46,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test's many cases a part, always the same one: `make test` has fifteen minutes on two cores.
 
-    Each case is drawn by its own name, so that every value of every parameter is met beside some others.
+    Each case is drawn by its own name; then the first that has a value which none of those has, so that every value of
+    every parameter is met, but of one with more values than cases that were drawn.
     """
     if ALL_CASES or any("[" in argument for argument in config.args):
         return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {item for cases in tests.values() for item in set(cases) - _sample_of(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
-    def is_in(item: pytest.Item) -> bool:
-        marker = item.get_closest_marker("sampled")
-        return marker is None or _drawn(item, marker.args[0])
 
-    left_out = [item for item in items if not is_in(item)]
-    items[:] = [item for item in items if is_in(item)]
-    config.hook.pytest_deselected(items=left_out)
+def _sample_of(cases: list[pytest.Item]) -> set[pytest.Item]:
+    """Some cases of one test."""
+    marker = cases[0].get_closest_marker("sampled")
+    assert marker is not None
+    drawn = [case for case in cases if _drawn(case, marker.args[0])]
+    values: dict[str, set[int]] = {}
+    for case in cases:
+        for name, value in _values(case).items():
+            values.setdefault(name, set()).add(value)
+    wanted = {(name, value) for name, all_ in values.items() if len(all_) <= len(drawn) for value in all_}
+    wanted -= {pair for case in drawn for pair in _values(case).items()}
+    for case in cases:
+        if not wanted.isdisjoint(_values(case).items()):
+            drawn.append(case)
+            wanted -= set(_values(case).items())
+    return set(drawn)
+
+
+def _values(case: pytest.Item) -> dict[str, int]:
+    """What tells the values of each parameter apart: not all of them can be compared."""
+    params: dict[str, Any] = case.callspec.params  # type: ignore[attr-defined]
+    return {name: id(value) for name, value in params.items()}
 
 
 def _drawn(item: pytest.Item, of: int) -> bool:
-    """One in `of`, always the same ones, drawn evenly over each parameter (by a checksum's remainder they are not)."""
+    """One in `of`, always the same ones; not by a checksum, whose remainder one parameter alone may decide."""
     digest = hashlib.blake2b(item.name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % of == 0
 
