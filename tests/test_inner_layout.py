@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no com
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 BF16 = torch.bfloat16
+FEW_PIXELS = convolution._FEW_PIXELS
 LAYOUTS = {"nchw": [NCHW] * 4, "nhwc": [NHWC] * 4, "mixed": [NCHW, NHWC, NHWC, NCHW]}
 
 
@@ -51,8 +52,9 @@ class Layouts(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def many_pixels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The maps of the tests count as large, unless a test says otherwise."""
+    """The maps of the tests count as large, unless a test says otherwise, on a CPU for which oneDNN has bfloat16."""
     monkeypatch.setattr(convolution, "_FEW_PIXELS", 1)
+    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
     yield
 
 
@@ -100,7 +102,7 @@ def test_bfloat16_works_in_nhwc_and_every_dtype_returns_the_callers_layout(
 
 
 def test_small_maps_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(convolution, "_FEW_PIXELS", FEW_PIXELS)
     network = pair()[0].bfloat16()
     x = OrderedDict((n, torch.randn(1, c, 16, 16, dtype=BF16)) for n, c in zip(NAMES, CHANNELS, strict=True))
     assert _calls(network, x) == _expected([NCHW] * 4, None)
