@@ -36,8 +36,12 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def avx2() -> Iterator[None]:
+    """At that level; and by one thread unless a test says otherwise, for few channels are declined with many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with limited(AVX2):
         yield
+    torch.set_num_threads(before)
 
 
 def _maps(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,9 +80,9 @@ def test_long_sums(sign: str) -> None:
     if sign == "positive":
         grad, feature = grad.abs(), feature.abs()
     served, of_weight, _ = called(grad, feature)
-    _, eager, _ = convolution.gradients(grad.contiguous(), feature.contiguous(), None, False)
-    assert served
-    assert oracle.no_worse_than_eager(of_weight, eager, exact(grad, feature)[0])
+    # 4,000 blocks of 32 tiles one after the other: as many roundings, that go either way, of a sum that grows.
+    due = 4000**0.5 * oracle.rounding(torch.float32)
+    assert served and oracle.error(of_weight, exact(grad, feature)[0]) <= due
 
 
 @pytest.mark.parametrize("place", [(0, 0), (0, 18), (12, 0), (12, 18), (5, 8)], ids=str)
@@ -102,16 +106,12 @@ def test_what_is_not_finite_shows_where_eager_has_it(spoilt: int, value: float, 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
     grad, feature = _maps(Case(2, 90, 170, (37, 41)), torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 7, 12):
-            torch.set_num_threads(count)
-            served, *result = called(grad, feature)
-            assert served
-            results.append(result)
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 3, 7, 12):
+        torch.set_num_threads(count)
+        served, *result = called(grad, feature)
+        assert served
+        results.append(result)
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
 
@@ -144,13 +144,9 @@ NOT_SERVED = {
 @pytest.mark.parametrize("reason", NOT_SERVED)
 def test_what_it_does_not_serve_it_does_not_touch(reason: str) -> None:
     case, dtype, layout, count = NOT_SERVED[reason]
-    before = torch.get_num_threads()
     torch.set_num_threads(count)
-    try:
-        maps = (random_map((case.batch, c, *case.size), dtype, layout=layout) for c in (case.cout, case.cin))
-        served, of_weight, of_bias = called(*maps)
-    finally:
-        torch.set_num_threads(before)
+    maps = (random_map((case.batch, c, *case.size), dtype, layout=layout) for c in (case.cout, case.cin))
+    served, of_weight, of_bias = called(*maps)
     assert not served and of_weight.isnan().all() and of_bias.isnan().all()
 
 
