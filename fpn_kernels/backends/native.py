@@ -298,7 +298,7 @@ def output_conv(
     out_format = requested_format(feature, memory_format)
     shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
     by_tiles = multiplies_by_tiles(feature.dtype)
-    own = True  # or another's, as soon as the library declines
+    own = True  # until the library declines
     # The tiles' own copy takes twice as long: a block's share of a channel is short.
     turns = by_tiles and convolution.is_large(feature)
     convolve = torch.ops.fpn_kernels_native.output_conv.default
@@ -311,7 +311,7 @@ def output_conv(
             out = allocate(shape, feature, out_format)
             if convolve(feature, weight, bias, out):
                 return out
-            own = False  # by what calls alike have in common
+            own = False  # it goes by what calls alike have in common
         return _in_layout(_convolve(feature, weight, bias), out_format)
 
     return run
