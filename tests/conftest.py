@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ecosystem: runs other libraries' models; skipped where they are not installed")
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
     config.addinivalue_line("markers", "large: takes 16 GB of memory and a minute; `make test-large` runs these")
-    config.addinivalue_line("markers", "sampled(n): one case in n; `make test-nightly` runs all of them")
+    config.addinivalue_line("markers", "sampled(n): one case in n (2n, interpreted); `make test-nightly` runs all")
     if torch.cuda.is_available():
         # float32 is compared with float64: products in IEEE's. `test_tf32.py` is about the other kind.
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
@@ -47,7 +47,7 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test's many cases a part, always the same one: `make test` has fifteen minutes on two cores.
 
     Each case is drawn by its own name; then the first that has a value which none of those has, so that every value of
-    every parameter is met, but of one with more values than cases that were drawn.
+    every parameter is met, but of one with more values than the part has cases.
     """
     if ALL_CASES or any("[" in argument for argument in config.args):
         return
@@ -61,15 +61,17 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _sample_of(cases: list[pytest.Item]) -> set[pytest.Item]:
-    """Some cases of one test."""
+    """Some cases of one test; half as many under the interpreter, which takes a hundred times as long for each."""
     marker = cases[0].get_closest_marker("sampled")
     assert marker is not None
-    drawn = [case for case in cases if _drawn(case, marker.args[0])]
+    of = marker.args[0] * (2 if INTERPRETED else 1)
+    drawn = [case for case in cases if _drawn(case, of)]
+    part = max(len(drawn), -(-len(cases) // of))
     values: dict[str, set[int]] = {}
     for case in cases:
         for name, value in _values(case).items():
             values.setdefault(name, set()).add(value)
-    wanted = {(name, value) for name, all_ in values.items() if len(all_) <= len(drawn) for value in all_}
+    wanted = {(name, value) for name, all_ in values.items() if len(all_) <= part for value in all_}
     wanted -= {pair for case in drawn for pair in _values(case).items()}
     for case in cases:
         if not wanted.isdisjoint(_values(case).items()):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ class Target:
         """Skips an operator that the backend does not have; eager, which serves it then, is a target of its own."""
         if not self.implements(operator):
             pytest.skip(f"{self.backend} has no implementation of {operator}")
+
+    def opcheck(
+        self, operator: Any, arguments: tuple[Any, ...], options: dict[str, Any] | None = None, **bounds: float
+    ) -> None:
+        """`torch.library.opcheck` of an operator that this backend computes.
+
+        Under the interpreter without a compilation: a compiler is told the same of an operator whoever serves it.
+        """
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if self.label != "triton-interpreter":
+            checks.append("test_aot_dispatch_dynamic")
+        with selection.use_backend(self.backend):
+            torch.library.opcheck(operator, arguments, options, test_utils=checks, **bounds)
 
     @contextlib.contextmanager
     def serves(self, *operators: str) -> Iterator[None]:

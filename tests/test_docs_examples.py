@@ -13,6 +13,7 @@ import exporting
 import pytest
 from documents import DOCUMENTS, ROOT, Block
 from foreign import stand_ins
+from torch._inductor import config as inductor_config
 
 from fpn_kernels.interop.dialects import DIALECTS
 from fpn_kernels.interop.swapping import is_fused
@@ -59,6 +60,8 @@ def _in_order(expected: list[str], printed: list[str]) -> str | None:
 
 @pytest.mark.filterwarnings("default")  # of the libraries
 @pytest.mark.filterwarnings(exporting.QUIET)
+# The wrapper of a program with symbolic sizes takes the C++ compiler ten seconds to optimise.
+@inductor_config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
 @pytest.mark.parametrize("document", PAGES, ids=str)
 def test_the_examples_of_a_document_run_in_their_order(
     document: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -11,7 +11,6 @@ import torch
 from samples import random_map
 from targets import Target
 from torch import Tensor
-from torch.library import opcheck
 
 import fpn_kernels
 from fpn_kernels import reference, resampling
@@ -229,18 +228,17 @@ def test_opcheck(layout: str, requires_grad: bool, has_top: bool, target: Target
         for tensor in _inputs(CASES[1], torch.float32, target.device, layout, layout)
     )
     operators = torch.ops.fpn_kernels
-    with fpn_kernels.use_backend(target.backend):
-        for memory_format in FORMATS.values():
-            options = {"gain": 0.5, "memory_format": memory_format}
-            opcheck(
-                operators.lateral_connection.default,
-                (feature, weight, bias, top if has_top else None),
-                options,
-                # The weight's gradient is a product over all pixels: dynamic shapes reorder its sum.
-                rtol=1e-4,
-                atol=1e-5,
-            )
-        opcheck(operators.merge_backward.default, (top, (2, 3), None), {"gain": 0.5}, rtol=1e-4, atol=1e-5)
+    for memory_format in FORMATS.values():
+        options = {"gain": 0.5, "memory_format": memory_format}
+        target.opcheck(
+            operators.lateral_connection.default,
+            (feature, weight, bias, top if has_top else None),
+            options,
+            # The weight's gradient is a product over all pixels: dynamic shapes reorder its sum.
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    target.opcheck(operators.merge_backward.default, (top, (2, 3), None), {"gain": 0.5}, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_batch(target: Target) -> None:

@@ -52,34 +52,46 @@ needs_tools = pytest.mark.skipif(
 
 
 @needs_tools
-def test_a_build_computes_and_a_second_one_has_nothing_to_do(tree: pathlib.Path) -> None:
+def test_a_build_computes_under_any_torch_and_a_second_one_has_nothing_to_do(tree: pathlib.Path) -> None:
+    """With the kernels for CUDA where there is nvcc: no CUDA library is linked, so the CPU build of torch loads it."""
+    cuda = setup_module().nvcc() is not None
     # Unoptimised: the build is under test here, not the code.
-    run = _build(tree, CXXFLAGS="-O0 -Werror")
+    flags = {"CXXFLAGS": "-O0 -Werror", "NVCC_APPEND_FLAGS": "-O0"}
+    flags |= {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"} if cuda else {}
+    run = _build(tree, **flags)
     assert run.returncode == 0, run.stderr
     assert "built the compiled library for the CPU" in run.stderr
+    assert ("and CUDA (8.0)" in run.stderr) == cuda
     library = tree / "lib" / "fpn_kernels" / "_native.so"
     objects = {path: path.stat().st_mtime_ns for path in [library, *tree.glob("temp/**/*.o")]}
     assert len(objects) > 5
-    assert _build(tree, CXXFLAGS="-O0 -Werror").returncode == 0
+    assert _build(tree, **flags).returncode == 0
     assert objects == {path: path.stat().st_mtime_ns for path in objects}
     code = (
         "import torch, fpn_kernels\n"
         "with fpn_kernels.use_backend('native'):\n"
-        "    out = fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6))\n"
-        "    print(out.sum().item())\n"
+        "    print(fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6)).sum().item())\n"
+        "for name in ('upsample_add', 'upsample_add_backward'):\n"
+        "    print(torch._C._dispatch_has_kernel_for_dispatch_key(f'fpn_kernels_native::{name}', 'CUDA'))\n"
+        "if len(__import__('sys').argv) > 1:\n"
+        "    print(torch.ops.fpn_kernels_native.cuda_refusal(99))\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *(["cuda"] if cuda else [])],
         cwd=ROOT,
         env={**os.environ, "FPN_KERNELS_LIBRARY": str(library)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert run.stdout.startswith("144.0"), run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[:3] == ["144.0", str(cuda), str(cuda)], run.stderr
+    assert not cuda or lines[3], "a device that is not there is refused, with the driver's own words"
     symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True).stdout
     assert "aoti_torch" in symbols or "torch_" in symbols
     assert not [line for line in symbols.splitlines() if "_ZN2at" in line or "_ZN3c10" in line or " Py" in line]
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
+    assert "libtorch_cpu" in needed and "cuda" not in needed
 
 
 @needs_tools
@@ -211,34 +223,3 @@ def test_a_build_whose_kernels_for_cuda_fail_goes_on_without_them(tree: pathlib.
     assert "broken on purpose" in run.stdout + run.stderr
     assert "left out the kernels for CUDA: their build failed" in run.stderr
     assert (tree / "lib" / "fpn_kernels" / "_native.so").is_file()
-
-
-@needs_tools
-@pytest.mark.skipif(setup_module().nvcc() is None, reason="there is no nvcc")
-def test_one_library_for_the_cpu_and_cuda_loads_under_any_torch(tree: pathlib.Path) -> None:
-    """Under the CPU build of torch, too: nothing of a CUDA library is linked."""
-    run = _build(tree, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0", CXXFLAGS="-O0", NVCC_APPEND_FLAGS="-O0")
-    assert run.returncode == 0, run.stderr
-    assert "and CUDA (8.0)" in run.stderr
-    library = tree / "lib" / "fpn_kernels" / "_native.so"
-    code = (
-        "import torch, fpn_kernels\n"
-        "with fpn_kernels.use_backend('native'):\n"
-        "    print(fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6)).sum().item())\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key('fpn_kernels_native::upsample_add', 'CUDA'))\n"
-        "print(torch._C._dispatch_has_kernel_for_dispatch_key('fpn_kernels_native::upsample_add_backward', 'CUDA'))\n"
-        "print(torch.ops.fpn_kernels_native.cuda_refusal(99))\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "FPN_KERNELS_LIBRARY": str(library)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    lines = run.stdout.splitlines()
-    assert lines[:3] == ["144.0", "True", "True"], run.stderr
-    assert lines[3], "a device that is not there is refused, with the driver's own words"
-    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
-    assert "libtorch_cpu" in needed and "cuda" not in needed

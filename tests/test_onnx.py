@@ -55,7 +55,7 @@ def _export(module: nn.Module, arguments: tuple, *, dynamic: bool = False) -> An
     return torch.onnx.export(module, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize("mode", MODES)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from levels import PORTABLE, limited
 from samples import LAYOUTS, random_map
 from targets import Target
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpn_kernels
-from fpn_kernels import functional, reference
+from fpn_kernels import reference
 from fpn_kernels.backends import convolution, native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -48,7 +43,7 @@ def _id(case: Case) -> str:
     return f"{case.batch}x{case.cin}-to-{case.cout}-{case.size[0]}x{case.size[1]}"
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str, layout: str = "nchw") -> tuple[Tensor, Tensor, Tensor]:
+def random_inputs(case: Case, dtype: torch.dtype, device: str, layout: str = "nchw") -> tuple[Tensor, Tensor, Tensor]:
     feature = random_map((case.batch, case.cin, *case.size), dtype, device, layout)
     weight = random_map((case.cout, case.cin, 3, 3), dtype, device) / (3 * case.cin**0.5)
     bias = random_map((1, case.cout, 1, 1), dtype, device).flatten()
@@ -71,7 +66,7 @@ def test_error_against_float64(
     case: Case, dtype: torch.dtype, has_bias: bool, asked: str, layout: str, target: Target
 ) -> None:
     target.require(dtype)
-    feature, weight, bias = _inputs(case, dtype, target.device, layout)
+    feature, weight, bias = random_inputs(case, dtype, target.device, layout)
     arguments = (feature, weight, bias if has_bias else None)
     with target.serves("output_conv"):
         result = fpn_kernels.output_conv(*arguments, memory_format=FORMATS[asked])
@@ -84,7 +79,7 @@ def test_error_against_float64(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_in_and_the_asked_layout_out(layout: str, dtype: torch.dtype, asked: str, target: Target) -> None:
     for case in (Case(2, 6, 5, (7, 8)), Case(1, 6, 5, (48, 50))):  # the second is a large map
-        inputs = _inputs(case, dtype, target.device, layout)
+        inputs = random_inputs(case, dtype, target.device, layout)
         before = [tensor.clone() for tensor in inputs]
         with target.serves("output_conv"):
             result = fpn_kernels.output_conv(*inputs, memory_format=FORMATS[asked])
@@ -97,7 +92,7 @@ def test_any_strides_in_and_the_asked_layout_out(layout: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("weight_layout", ["nhwc", "sliced", "turned"])
 def test_strided_weights(weight_layout: str, target: Target) -> None:
-    feature, _, bias = _inputs(CASES[1], torch.float32, target.device)
+    feature, _, bias = random_inputs(CASES[1], torch.float32, target.device)
     if weight_layout == "turned":  # as the backward has it
         strided = random_map((5, 10, 3, 3), torch.float32, target.device).flip(2, 3).transpose(0, 1)
     else:
@@ -133,39 +128,12 @@ def _expected_calls(grad: Tensor, feature: Tensor, wanted: tuple[bool, ...]) -> 
     return calls
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("multiplies", [False, True], ids=["without bfloat16", "with bfloat16"])
-def test_where_the_adjoint_is_faster(
-    multiplies: bool, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By what was measured: see `convolution.adjoint_is_faster`."""
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: multiplies)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    sizes = {"few": (45, 45), "more": (46, 45), "many": (91, 91)}  # 2,025, 2,070 and 8,281 pixels
-    for by_tiles in (False, True):
-        pays = {
-            name: convolution.adjoint_is_faster(random_map((1, 2, *size), dtype, layout=layout), by_tiles)
-            for name, size in sizes.items()
-        }
-        if dtype != torch.bfloat16 or by_tiles or not multiplies:
-            assert pays == {"few": False, "more": True, "many": True}
-        else:
-            assert pays == {"few": False, "more": False, "many": layout == "nchw"}
-    assert not convolution.adjoint_is_faster(torch.empty(1, 2, 91, 91, dtype=dtype, device="meta"), True)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    in_float32 = dtype == torch.float32 or (dtype != torch.float64 and not multiplies)
-    small = torch.empty(1, 2, 16, 16, dtype=dtype)
-    assert convolution.adjoint_is_faster(small, False) == in_float32
-    assert not convolution.adjoint_is_faster(small[..., :15], False)
-
-
 @pytest.mark.parametrize("layouts", list(itertools.product(["nchw", "nhwc"], repeat=2)), ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5], CASES[6]], ids=_id)
 def test_gradients(case: Case, dtype: torch.dtype, layouts: tuple[str, str], target: Target) -> None:
     target.require(dtype)
-    inputs = [tensor.requires_grad_() for tensor in _inputs(case, dtype, target.device, layouts[0])]
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(case, dtype, target.device, layouts[0])]
     exact_inputs = [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
     grad = random_map((case.batch, case.cout, *case.size), dtype, target.device, layouts[1])
     result = fpn_kernels.output_conv(*inputs)
@@ -181,7 +149,7 @@ def test_gradients(case: Case, dtype: torch.dtype, layouts: tuple[str, str], tar
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=_id)
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_only_the_gradients_asked_for_are_computed(wanted: tuple[bool, ...], case: Case, target: Target) -> None:
-    inputs = _inputs(case, torch.float32, target.device, "nhwc")
+    inputs = random_inputs(case, torch.float32, target.device, "nhwc")
     for tensor, wants in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(wants)
     result = fpn_kernels.output_conv(*inputs)
@@ -201,7 +169,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted: tuple[bool, ...], cas
 
 def test_what_the_backward_does_not_need_is_not_kept(target: Target) -> None:
     """Training memory: a frozen weight keeps no feature alive."""
-    feature, weight, bias = _inputs(CASES[0], torch.float32, target.device)
+    feature, weight, bias = random_inputs(CASES[0], torch.float32, target.device)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -223,7 +191,7 @@ def every_map_is_large(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("asked", ["nchw", "nhwc"])
 def test_gradcheck(asked: str, target: Target) -> None:
     target.require(torch.float64)
-    inputs = [tensor.requires_grad_() for tensor in _inputs(Case(2, 3, 2, (4, 3)), torch.float64, target.device)]
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(Case(2, 3, 2, (4, 3)), torch.float64, target.device)]
 
     def convolve(*tensors: Tensor) -> Tensor:
         return fpn_kernels.output_conv(*tensors, memory_format=FORMATS[asked])
@@ -236,7 +204,7 @@ def test_gradcheck(asked: str, target: Target) -> None:
 @pytest.mark.usefixtures("every_map_is_large")
 def test_double_backward_in_float32(target: Target) -> None:
     """A gradient penalty, as trained with, against the oracle's."""
-    inputs = [tensor.requires_grad_() for tensor in _inputs(CASES[1], torch.float32, target.device)]
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(CASES[1], torch.float32, target.device)]
     exact_inputs = [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
 
     def penalty(result: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -255,16 +223,15 @@ def test_double_backward_in_float32(target: Target) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced-nhwc"])
 def test_opcheck(layout: str, requires_grad: bool, target: Target) -> None:
-    inputs = [t.requires_grad_(requires_grad) for t in _inputs(CASES[1], torch.float32, target.device, layout)]
-    with fpn_kernels.use_backend(target.backend):
-        for memory_format in FORMATS.values():
-            # The weight's gradient is a product over all pixels: dynamic shapes reorder its sum.
-            options = {"memory_format": memory_format}
-            opcheck(torch.ops.fpn_kernels.output_conv.default, tuple(inputs), options, rtol=1e-4, atol=1e-5)
+    inputs = [t.requires_grad_(requires_grad) for t in random_inputs(CASES[1], torch.float32, target.device, layout)]
+    for memory_format in FORMATS.values():
+        # The weight's gradient is a product over all pixels: dynamic shapes reorder its sum.
+        options = {"memory_format": memory_format}
+        target.opcheck(torch.ops.fpn_kernels.output_conv.default, tuple(inputs), options, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_batch(target: Target) -> None:
-    inputs = [t.requires_grad_() for t in _inputs(Case(0, 5, 3, (4, 4)), torch.float32, target.device)]
+    inputs = [t.requires_grad_() for t in random_inputs(Case(0, 5, 3, (4, 4)), torch.float32, target.device)]
     with fpn_kernels.use_backend(target.backend):
         result = fpn_kernels.output_conv(*inputs)
         result.sum().backward()
@@ -274,7 +241,7 @@ def test_empty_batch(target: Target) -> None:
 
 
 def test_autocast_runs_in_the_autocast_dtype(target: Target) -> None:
-    inputs = [tensor.requires_grad_() for tensor in _inputs(CASES[0], torch.float32, target.device)]
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(CASES[0], torch.float32, target.device)]
     with torch.autocast(target.device, dtype=torch.bfloat16), target.serves("output_conv"):
         result = fpn_kernels.output_conv(*inputs)
     halves = [tensor.detach().bfloat16() for tensor in inputs]
@@ -292,7 +259,7 @@ def test_compile_with_symbolic_sizes(target: Target) -> None:
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for case in (CASES[0], CASES[1], CASES[6]):
-        inputs = [tensor.requires_grad_() for tensor in _inputs(case, torch.float32, target.device)]
+        inputs = [tensor.requires_grad_() for tensor in random_inputs(case, torch.float32, target.device)]
         with fpn_kernels.use_backend(target.backend):
             result, expected = compiled(*inputs), call(*inputs)
             gradients = torch.autograd.grad(result.sum(), inputs)
@@ -306,14 +273,14 @@ def test_export_keeps_the_operator() -> None:
         def forward(self, feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return fpn_kernels.output_conv(feature, weight, bias)
 
-    inputs = _inputs(CASES[1], torch.float32, "cpu")
+    inputs = random_inputs(CASES[1], torch.float32, "cpu")
     program = torch.export.export(Output(), inputs)
     assert any("fpn_kernels.output_conv" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(*inputs), fpn_kernels.output_conv(*inputs))
 
 
 def test_explain_says_who_serves() -> None:
-    feature, weight, bias = _inputs(CASES[1], torch.float32, "cpu")
+    feature, weight, bias = random_inputs(CASES[1], torch.float32, "cpu")
     explanation = fpn_kernels.explain(fpn_kernels.output_conv, feature, weight, bias)
     assert explanation.backend == ("eager" if native.load_error() else "native")
     with fpn_kernels.use_backend("eager"):
@@ -356,103 +323,6 @@ def test_bad_input_is_named(case: str) -> None:
         fpn_kernels.output_conv(*inputs, **keywords)
 
 
-# --------------------------------------------------------------------------- how the compiled backend computes it
-
-compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
-
-
-class Convolutions(TorchDispatchMode):
-    """Records the dtype and the layout in which PyTorch's own convolution was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch.dtype, bool]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution.default:
-            self.calls.append((args[0].dtype, args[0].is_contiguous(memory_format=torch.channels_last)))
-        return func(*args, **(kwargs or {}))
-
-
-@compiled
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize(("size", "large"), [((8, 9), False), ((45, 47), True)], ids=["few pixels", "many pixels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_large_bfloat16_maps_are_multiplied_in_nhwc(
-    dtype: torch.dtype, size: tuple[int, int], large: bool, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
-    inputs = _inputs(Case(1, 8, 8, size), dtype, "cpu", layout)
-    # By PyTorch's own convolution: the library's is asked first.
-    with limited(PORTABLE), Convolutions() as convolutions:
-        native.output_conv(*inputs, None)
-    nhwc = layout == "nhwc" or (large and dtype == torch.bfloat16)
-    assert convolutions.calls == [(dtype, nhwc)]
-
-
-@pytest.fixture(params=[False, True], ids=["without 16 bits", "with 16 bits"])
-def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """A CPU with instructions for products of 16 bits and one without, as far as the choice goes.
-
-    Neither has vectors, where the library's own convolution would be asked first.
-    """
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: request.param)
-    with limited(PORTABLE):
-        yield request.param
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_16_bits_are_multiplied_in_float32_where_that_is_faster(
-    layout: str, dtype: torch.dtype, multiplies: bool
-) -> None:
-    inputs = [t.requires_grad_() for t in _inputs(CASES[1], dtype, "cpu", layout)]
-    with torch.no_grad(), Convolutions() as convolutions:
-        native.output_conv(*inputs, None)
-    with fpn_kernels.use_backend("native"):
-        result = fpn_kernels.output_conv(*inputs)
-    assert [used for used, _ in convolutions.calls] == [dtype if multiplies else torch.float32]
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    exact = oracle.output_conv(*exact_inputs)
-    assert oracle.no_worse_than_eager(result, reference.output_conv(*inputs), exact)
-    grad = torch.randn_like(result)
-    theirs = torch.autograd.grad(reference.output_conv(*inputs), inputs, grad)
-    true = torch.autograd.grad(exact, exact_inputs, grad.double())
-    for ours, eager, wanted in zip(torch.autograd.grad(result, inputs, grad), theirs, true, strict=True):
-        assert oracle.no_worse_than_eager(ours, eager, wanted)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_layout_to_ask_for(dtype: torch.dtype) -> None:
-    large, small = torch.empty(1, 1, 64, 64, dtype=dtype), torch.empty(1, 1, 8, 8, dtype=dtype)
-    nhwc = dtype == torch.bfloat16 and convolution.onednn_multiplies(dtype) and not native.load_error()
-    wanted = torch.channels_last if nhwc else torch.preserve_format
-    assert functional.output_conv_format(large) == wanted
-    assert functional.output_conv_format(small) == torch.preserve_format
-    with fpn_kernels.use_backend("eager"):
-        assert functional.output_conv_format(large) == torch.preserve_format
-    assert functional.output_conv_format(torch.empty_like(large, device="meta")) == torch.preserve_format
-
-
-def test_the_layout_to_ask_for_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where autograd records the convolution, one layout throughout."""
-    monkeypatch.setattr(functional, "_output_conv_format", lambda device_type, dtype: torch.channels_last)
-    with FakeTensorMode():
-        feature = torch.empty(1, 1, 64, 64, device="cuda:0")
-    assert functional.output_conv_format(feature) == torch.channels_last
-    assert functional.output_conv_format(feature, recorded=True) == torch.preserve_format
-    assert functional.output_conv_format(torch.empty(1, 1, 64, 64), recorded=True) == torch.channels_last
-
-
-@compiled
-def test_the_layout_to_ask_for_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert functional.output_conv_format(torch.empty(1, 1, 64, 64)) == torch.channels_last
-        assert functional.output_conv_format(torch.empty(1, 1, 64, 64, dtype=torch.float64)) == torch.preserve_format
-
-
 def test_the_oracle_is_a_convolution() -> None:
-    inputs = _inputs(CASES[1], torch.float64, "cpu")
+    inputs = random_inputs(CASES[1], torch.float64, "cpu")
     torch.testing.assert_close(oracle.output_conv(*inputs), F.conv2d(*inputs, padding=1))

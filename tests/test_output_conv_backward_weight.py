@@ -14,7 +14,6 @@ from samples import LAYOUTS, random_map
 from targets import Target
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch.library import opcheck
 
 import fpn_kernels
 from fpn_kernels.backends import convolution, native
@@ -131,9 +130,8 @@ def test_opcheck(layouts: tuple[str, str], requires_grad: bool, target: Target) 
         maps = [t.requires_grad_(requires_grad) for t in _maps(CASES[1], dtype, target.device, layouts)]
         # Dynamic shapes reorder the sums.
         bounds = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-        with fpn_kernels.use_backend(target.backend):
-            for wants_bias, asked in itertools.product([False, True], FORMATS.values()):
-                opcheck(OPERATOR, tuple(maps), {"wants_bias": wants_bias, "memory_format": asked}, **bounds)
+        for wants_bias, asked in itertools.product([False, True], FORMATS.values()):
+            target.opcheck(OPERATOR, tuple(maps), {"wants_bias": wants_bias, "memory_format": asked}, **bounds)
 
 
 def test_no_map(target: Target) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from samples import LAYOUTS, random_map
 from targets import Target
-from torch.library import opcheck
 
 import fpn_kernels
 
@@ -55,10 +54,9 @@ def test_empty_batch(target: Target) -> None:
 @pytest.mark.parametrize("asked", FORMATS)
 def test_opcheck(asked: str, layout: str, target: Target) -> None:
     target.require_operator("reorder")
-    with fpn_kernels.use_backend(target.backend):
-        for requires_grad in (False, True):
-            source = random_map(SHAPES[1], torch.float32, target.device, layout).requires_grad_(requires_grad)
-            opcheck(torch.ops.fpn_kernels.reorder.default, (source,), {"memory_format": FORMATS[asked]})
+    for requires_grad in (False, True):
+        source = random_map(SHAPES[1], torch.float32, target.device, layout).requires_grad_(requires_grad)
+        target.opcheck(torch.ops.fpn_kernels.reorder.default, (source,), {"memory_format": FORMATS[asked]})
 
 
 def test_gradcheck(target: Target) -> None:

@@ -11,7 +11,6 @@ import torch
 from samples import random_map
 from targets import INTERPRETED, Target
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpn_kernels
@@ -142,14 +141,13 @@ def test_opcheck(layout: str, target: Target) -> None:
     features, weights, biases = _inputs(device=target.device, layout=layout)
     some = [biases[0], biases[2]]
     _leaves(features, weights, some)
-    with fpn_kernels.use_backend(target.backend):
-        opcheck(
-            torch.ops.fpn_kernels.top_down_pathway.default,
-            (features, weights, some, [0, 2]),
-            {"gain": 0.5},
-            rtol=1e-4,
-            atol=1e-5,
-        )
+    target.opcheck(
+        torch.ops.fpn_kernels.top_down_pathway.default,
+        (features, weights, some, [0, 2]),
+        {"gain": 0.5},
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_autocast_casts_every_level() -> None:

@@ -163,14 +163,21 @@ def test_nothing_is_measured_unless_asked(
     assert not measured and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True), ("on", True)])
-def test_the_variable(value: str | None, expected: bool) -> None:
+def test_the_variable() -> None:
+    """In a process of its own, and in that one anew for each value: what others have imported stays as it is."""
+    expected = {"": False, "0": False, "1": True, "on": True}
+    code = (
+        "import importlib, os, sys\n"
+        "from fpn_kernels.backends.triton import autotune\n"
+        "print(autotune.ENABLED)\n"
+        "for value in sys.argv[1:]:\n"
+        "    os.environ[autotune.ENVIRONMENT_VARIABLE] = value\n"
+        "    print(importlib.reload(autotune).ENABLED)\n"
+    )
     environment = {name: text for name, text in os.environ.items() if name != autotune.ENVIRONMENT_VARIABLE}
-    if value is not None:
-        environment[autotune.ENVIRONMENT_VARIABLE] = value
-    code = "from fpn_kernels.backends.triton import autotune; print(autotune.ENABLED)"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(expected)
+    command = [sys.executable, "-c", code, *expected]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(enabled) for enabled in (False, *expected.values())]
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:

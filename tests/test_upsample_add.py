@@ -9,7 +9,6 @@ import pytest
 import torch
 from samples import LAYOUTS, MERGES, Sizes, random_map
 from targets import Target, parameters
-from torch.library import opcheck
 
 import fpn_kernels
 from fpn_kernels import reference, resampling
@@ -164,9 +163,8 @@ def test_opcheck(layout: str, mode: str, requires_grad: bool, target: Target) ->
     top.requires_grad_(requires_grad)
     lateral.requires_grad_(requires_grad)
     operators = torch.ops.fpn_kernels
-    with fpn_kernels.use_backend(target.backend):
-        opcheck(operators.upsample_add.default, (top, lateral), {"mode": mode, "gain": 0.5})
-        opcheck(operators.upsample_add_backward.default, (lateral, sizes.top), {"mode": mode, "gain": 0.5})
+    target.opcheck(operators.upsample_add.default, (top, lateral), {"mode": mode, "gain": 0.5})
+    target.opcheck(operators.upsample_add_backward.default, (lateral, sizes.top), {"mode": mode, "gain": 0.5})
 
 
 @pytest.mark.parametrize("mode", MODES)

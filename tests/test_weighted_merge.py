@@ -21,7 +21,6 @@ from nodes import (
 )
 from samples import LAYOUTS, MERGES, Sizes, random_map
 from targets import Target
-from torch.library import opcheck
 
 import fpn_kernels
 from fpn_kernels import reference, resampling
@@ -94,17 +93,16 @@ def test_any_strides(other: str, first: str, target: Target) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "permuted"])
 def test_opcheck(layout: str, mode: str, requires_grad: bool, target: Target) -> None:
     operators, small = torch.ops.fpn_kernels, Sizes(1, 3, (2, 3), (3, 5), "the operator is called some twenty times")
-    with fpn_kernels.use_backend(target.backend):
-        for node in ("a top-down node", "a coarse map last"):
-            inputs = maps(node, small, torch.float32, target.device, (layout,) * 3, grad=requires_grad)
-            third = inputs[2] if len(inputs) == 3 else None
-            weights = torch.rand(len(inputs), device=target.device, requires_grad=requires_grad)
-            of_three = "none" if mode == "nearest" else "softmax"
-            normalization = "relu" if third is None else of_three
-            keywords = {"mode": mode, "normalization": normalization, "eps": 0.25}
-            opcheck(operators.weighted_merge.default, (inputs[0], inputs[1], third, weights), keywords)
-            arguments = (inputs[0], torch.randn_like(inputs[0]), weights[0].detach())
-            opcheck(operators.weighted_merge_backward.default, arguments)
+    for node in ("a top-down node", "a coarse map last"):
+        inputs = maps(node, small, torch.float32, target.device, (layout,) * 3, grad=requires_grad)
+        third = inputs[2] if len(inputs) == 3 else None
+        weights = torch.rand(len(inputs), device=target.device, requires_grad=requires_grad)
+        of_three = "none" if mode == "nearest" else "softmax"
+        normalization = "relu" if third is None else of_three
+        keywords = {"mode": mode, "normalization": normalization, "eps": 0.25}
+        target.opcheck(operators.weighted_merge.default, (inputs[0], inputs[1], third, weights), keywords)
+        arguments = (inputs[0], torch.randn_like(inputs[0]), weights[0].detach())
+        target.opcheck(operators.weighted_merge_backward.default, arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=["no images", "no channels"])

@@ -82,21 +82,11 @@ float weight_operand(const LateralConnection& call, int64_t row, int64_t k) {
 namespace fpn::cpu::FPN_LEVEL {
 
 void lateral_connection_weight(const LateralConnection& call, int64_t begin, int64_t end, std::byte*) {
-  switch (call.dtype) {
-    case Dtype::float32: return pack_weight<float>(call, begin, end);
-    case Dtype::float16: return pack_weight<Half>(call, begin, end);
-    case Dtype::bfloat16: return pack_weight<BFloat16>(call, begin, end);
-    case Dtype::float64: return;
-  }
+  with_element_of_floats(call.dtype, [&](auto element) { pack_weight<decltype(element)>(call, begin, end); });
 }
 
 void lateral_connection_blocks(const LateralConnection& call, int64_t begin, int64_t end, std::byte* scratch) {
-  switch (call.dtype) {
-    case Dtype::float32: return blocks<float>(call, begin, end, scratch);
-    case Dtype::float16: return blocks<Half>(call, begin, end, scratch);
-    case Dtype::bfloat16: return blocks<BFloat16>(call, begin, end, scratch);
-    case Dtype::float64: return;
-  }
+  with_element_of_floats(call.dtype, [&](auto element) { blocks<decltype(element)>(call, begin, end, scratch); });
 }
 
 }  // namespace fpn::cpu::FPN_LEVEL

@@ -4,7 +4,6 @@
 #include "output_conv.h"
 
 #include "capability.h"
-#include "maps.h"
 #include "output_conv_scratch.h"
 
 namespace fpn::cpu {
@@ -39,19 +38,11 @@ void choose_block(OutputConv& call) {
 }  // namespace
 
 bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
-  OutputConv call{};
-  call.dtype = dtype_of(feature);
-  if (product_of(call.dtype) == Product::tiles) return output_conv_bfloat16(feature, weight, bias, out);
-  call.feature = map_of(feature);
-  call.out = result_of(out);
-  call.batch = feature.size(0);
-  call.cin = feature.size(1);
-  call.cout = weight.size(0);
-  call.tiles_down = divide_up(call.feature.height, 2);
-  call.tiles_across = divide_up(call.feature.width, 2);
-  call.tiles = call.batch * call.tiles_down * call.tiles_across;
+  if (product_of(dtype_of(feature)) == Product::tiles) return output_conv_bfloat16(feature, weight, bias, out);
+  OutputConv call = convolution_of(feature, weight.size(0));
   if (!faster(call)) return false;
   if (call.cout == 0) return true;
+  call.out = result_of(out);
   call.weight_from = weight.const_data_ptr();
   for (int i = 0; i < 4; ++i) call.weight_strides[i] = weight.stride(i);
   if (bias.has_value()) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "capability.h"
-#include "maps.h"
+#include "output_conv.h"
 #include "output_conv_scratch.h"
 
 namespace fpn::cpu {
@@ -63,18 +63,11 @@ bool output_conv_backward_weight(
         "grad_bias: expected a contiguous float64 tensor");
     bias_sums = static_cast<double*>(grad_bias->mutable_data_ptr());
   }
-  OutputConvBackwardWeight call{};
-  call.conv.dtype = dtype_of(grad);
-  if (product_of(call.conv.dtype) == Product::tiles) {
+  if (product_of(dtype_of(grad)) == Product::tiles) {
     return output_conv_backward_weight_bfloat16(grad, feature, grad_weight, bias_sums);
   }
-  call.conv.feature = map_of(feature);
-  call.conv.batch = feature.size(0);
-  call.conv.cin = feature.size(1);
-  call.conv.cout = grad.size(1);
-  call.conv.tiles_down = divide_up(call.conv.feature.height, 2);
-  call.conv.tiles_across = divide_up(call.conv.feature.width, 2);
-  call.conv.tiles = call.conv.batch * call.conv.tiles_down * call.conv.tiles_across;
+  OutputConvBackwardWeight call{};
+  call.conv = convolution_of(feature, grad.size(1));
   call.grad = map_of(grad);
   if (!faster(call) || call.grad.stride_c != 1 || call.conv.feature.stride_c != 1) return false;
   call.out = result_of(grad_weight);

@@ -190,12 +190,7 @@ namespace fpn::cpu::FPN_LEVEL {
 
 void output_conv_backward_weight_parts(
     const OutputConvBackwardWeight& call, int64_t begin, int64_t end, std::byte* scratch) {
-  switch (call.conv.dtype) {
-    case Dtype::float32: return parts<float>(call, begin, end, scratch);
-    case Dtype::float16: return parts<Half>(call, begin, end, scratch);
-    case Dtype::bfloat16: return parts<BFloat16>(call, begin, end, scratch);
-    case Dtype::float64: return;
-  }
+  with_element_of_floats(call.conv.dtype, [&](auto element) { parts<decltype(element)>(call, begin, end, scratch); });
 }
 
 }  // namespace fpn::cpu::FPN_LEVEL

@@ -59,21 +59,11 @@ void blocks(const OutputConv& call, int64_t begin, int64_t end, std::byte* scrat
 namespace fpn::cpu::FPN_LEVEL {
 
 void output_conv_weight(const OutputConv& call, int64_t begin, int64_t end, std::byte*) {
-  switch (call.dtype) {
-    case Dtype::float32: return transform_weights<float>(call, begin, end);
-    case Dtype::float16: return transform_weights<Half>(call, begin, end);
-    case Dtype::bfloat16: return transform_weights<BFloat16>(call, begin, end);
-    case Dtype::float64: return;
-  }
+  with_element_of_floats(call.dtype, [&](auto element) { transform_weights<decltype(element)>(call, begin, end); });
 }
 
 void output_conv_blocks(const OutputConv& call, int64_t begin, int64_t end, std::byte* scratch) {
-  switch (call.dtype) {
-    case Dtype::float32: return blocks<float>(call, begin, end, scratch);
-    case Dtype::float16: return blocks<Half>(call, begin, end, scratch);
-    case Dtype::bfloat16: return blocks<BFloat16>(call, begin, end, scratch);
-    case Dtype::float64: return;
-  }
+  with_element_of_floats(call.dtype, [&](auto element) { blocks<decltype(element)>(call, begin, end, scratch); });
 }
 
 }  // namespace fpn::cpu::FPN_LEVEL

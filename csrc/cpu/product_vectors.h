@@ -18,6 +18,17 @@ inline Elements first_elements(int64_t count) {
   return count >= 16 ? all_elements : count <= 0 ? Elements(0) : static_cast<Elements>((1u << count) - 1);
 }
 
+// As with_element, of the dtypes that are multiplied as floats (capability.h: product_of).
+template <class Step>
+inline void with_element_of_floats(fpn::Dtype dtype, Step&& step) {
+  switch (dtype) {
+    case fpn::Dtype::float16: return step(Half{});
+    case fpn::Dtype::bfloat16: return step(BFloat16{});
+    case fpn::Dtype::float32: return step(float{});
+    case fpn::Dtype::float64: return;
+  }
+}
+
 inline float single(float value) { return value; }
 inline float single(Half value) { return _cvtsh_ss(value.bits); }
 inline float single(BFloat16 value) {

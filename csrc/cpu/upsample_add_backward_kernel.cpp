@@ -284,12 +284,7 @@ void rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std::byte
 namespace fpn::cpu::FPN_LEVEL {
 
 void upsample_add_backward_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std::byte* scratch) {
-  switch (call.dtype) {
-    case Dtype::float16: return rows<Half>(call, begin, end, scratch);
-    case Dtype::bfloat16: return rows<BFloat16>(call, begin, end, scratch);
-    case Dtype::float32: return rows<float>(call, begin, end, scratch);
-    case Dtype::float64: return rows<double>(call, begin, end, scratch);
-  }
+  with_element(call.dtype, [&](auto element) { rows<decltype(element)>(call, begin, end, scratch); });
 }
 
 }  // namespace fpn::cpu::FPN_LEVEL

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/maps.h"
+
 #if defined(__AVX512BW__) || defined(__AVX2__)
 // GCC 12 takes the undefined operands of its own intrinsics for a mistake (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -47,6 +49,17 @@ template <>
 struct VectorOf<double> {
   using type = Doubles;
 };
+
+// Calls step(element) with a value of the type that a dtype's elements have.
+template <class Step>
+inline void with_element(fpn::Dtype dtype, Step&& step) {
+  switch (dtype) {
+    case fpn::Dtype::float16: return step(Half{});
+    case fpn::Dtype::bfloat16: return step(BFloat16{});
+    case fpn::Dtype::float32: return step(float{});
+    case fpn::Dtype::float64: return step(double{});
+  }
+}
 
 // How much of a vector a loop step covers: all of it, or the first `count` elements of a line shorter than a vector.
 struct Whole {};

@@ -216,12 +216,7 @@ void rows(const WeightedMerge& call, int64_t begin, int64_t end, std::byte* scra
 namespace fpn::cpu::FPN_LEVEL {
 
 void weighted_merge_rows(const WeightedMerge& call, int64_t begin, int64_t end, std::byte* scratch) {
-  switch (call.dtype) {
-    case Dtype::float16: return rows<Half>(call, begin, end, scratch);
-    case Dtype::bfloat16: return rows<BFloat16>(call, begin, end, scratch);
-    case Dtype::float32: return rows<float>(call, begin, end, scratch);
-    case Dtype::float64: return rows<double>(call, begin, end, scratch);
-  }
+  with_element(call.dtype, [&](auto element) { rows<decltype(element)>(call, begin, end, scratch); });
 }
 
 }  // namespace fpn::cpu::FPN_LEVEL

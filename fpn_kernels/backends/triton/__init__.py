@@ -7,11 +7,13 @@
     device.py                   index arithmetic that the kernels share
     upsample_add.py             upsample_add
     upsample_add_backward.py    its adjoint, by gather; the same kernels add up the bias for merge_backward.py
+    upsample_add_backward_kernels.py  its device code
     merge_backward.py           grad_top and grad_bias in one pass
     channel_sums.py             a map's sums over its pixels: grad_bias where nothing else is to be read
     lateral_connection.py       1x1 convolution, bias and merge in one tiled matrix product: tables, choice and launch
     lateral_connection_kernel.py  its device code
     weighted_merge.py           two or three maps by weights that it normalises itself
+    weighted_merge_kernels.py   its device code
     weighted_merge_backward.py  what one of them and its factor are owed
     resized.py                  a tile of a map that is resized on the way
     descriptor_kernels.py       1x1 and 3x3 convolutions over tensor descriptors, persistent: the device code
