@@ -218,7 +218,7 @@ def test_double_backward_in_float32(target: Target) -> None:
         assert oracle.error(result, exact) <= 1e-5
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced-nhwc"])
 @pytest.mark.parametrize("has_top", [False, True], ids=["no top", "top"])

@@ -120,7 +120,7 @@ def _numbered(in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
     return top, torch.zeros(1, 1, out_size, out_size)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 def test_fixed_sizes_read_the_same_pixels(mode: str, pair: tuple[int, int], session: Any) -> None:
@@ -161,6 +161,7 @@ def test_resize_reads_those_pixels_wherever_it_is_taken() -> None:
     assert others > 100, "Resize agrees at every pair: the reads by index would be needless"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shapes", [((19, 29), (38, 57)), ((9, 8), (4, 1)), ((1, 1), (7, 9))], ids=str)
 def test_a_bilinear_merge(shapes: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype, session: Any) -> None:

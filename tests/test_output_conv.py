@@ -220,6 +220,7 @@ def test_double_backward_in_float32(target: Target) -> None:
 # ----------------------------------------------------------------------------------------- PyTorch citizenship
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced-nhwc"])
 def test_opcheck(layout: str, requires_grad: bool, target: Target) -> None:

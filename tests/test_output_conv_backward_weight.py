@@ -123,6 +123,7 @@ def test_only_the_gradients_asked_for(frozen: str, target: Target) -> None:
     assert gradient.stride() == wanted.stride()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layouts", [("nchw", "nchw"), ("nhwc", "nhwc"), ("sliced-nhwc", "nchw")], ids="-".join)
 def test_opcheck(layouts: tuple[str, str], requires_grad: bool, target: Target) -> None:

@@ -87,7 +87,7 @@ def test_any_strides(other: str, first: str, target: Target) -> None:
         assert all(torch.equal(x, was) for x, was in zip(inputs, before, strict=True))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "permuted"])

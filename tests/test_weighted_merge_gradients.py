@@ -159,7 +159,7 @@ def test_weights_at_the_edges_of_the_relu(normalization: str, eps: float, target
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * max(1.0, largest), equal_nan=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("node", NODES)
