@@ -5,6 +5,7 @@ Run under the interpreter, which also checks what a tensor descriptor asks of it
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -89,6 +90,35 @@ def test_every_tile(key: tuple[str, str], turned: bool, monkeypatch: pytest.Monk
         result = output_conv.output_conv(feature, weight, bias, FORMATS[out_layout])
         assert result.is_contiguous(memory_format=FORMATS[out_layout])
         _close(result, _exact(feature, weight, bias))
+
+
+@interpreted
+def test_without_bulk_copies_the_steps_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before compute capability 9.0; the weights are packed for these steps, and read by them."""
+    depths: list[int] = []
+    plan = output_conv.plan
+
+    def planned(levels: list[Level], config: BoxConfig, *rest: Any, **options: Any) -> Any:
+        depths.append(config.depth)
+        return plan(levels, config, *rest, **options)
+
+    monkeypatch.setattr(output_conv, "plan", planned)
+    monkeypatch.setattr(eligibility, "copies_in_bulk", lambda tensor: False)
+    _poison(monkeypatch)
+    features = [random_map((1, 40, *size), torch.float16, layout="nhwc") for size in ((9, 12), (5, 6))]
+    weights, biases = [_weight(24, 40, torch.float16) for _ in features], [torch.randn(24).half() for _ in features]
+    results = output_conv.output_conv_levels(features, weights, biases, None)
+    for result, feature, weight, bias in zip(results, features, weights, biases, strict=True):
+        _close(result, _exact(feature, weight, bias))
+    assert depths and set(depths) == {32}
+
+
+def test_only_steps_change_on_chips_without_bulk_copies() -> None:
+    for (arithmetic, _), config in output_conv.TABLE.items():
+        assert output_conv.on_chip(config, copies_in_bulk=True) == config
+        other = output_conv.on_chip(config, copies_in_bulk=False)
+        assert dataclasses.replace(other, depth=config.depth) == config
+        assert other.depth == (32 if arithmetic == "half" else config.depth)
 
 
 @interpreted

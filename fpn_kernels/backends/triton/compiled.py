@@ -31,7 +31,7 @@ class Variant:
         matrix_product: tensor-core instructions are expected.
         descriptors: bulk tensor copies (TMA) are expected where the chip has them.
         link: whether it overlaps the launches before and after it, which chips before 9.0 cannot.
-        capabilities: the compute capabilities that it is written for, times ten; empty: 8.0 and later.
+        capabilities: the compute capabilities that it is compiled for, times ten; empty: 8.0 and later.
     """
 
     kernel: Any
@@ -109,5 +109,5 @@ def all_variants() -> Iterator[Variant]:
         top_down_pathway,
         output_conv,
     )
-    for module in (*merges, channel_sums, *matrix_products):
+    for module in (*merges, *matrix_products):
         yield from module.variants()

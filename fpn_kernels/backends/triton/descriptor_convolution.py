@@ -284,6 +284,7 @@ def convolve_variant(
     boxed: bool = True,
     levels: int = 1,
     link: launching.Link = launching.ALONE,
+    capabilities: tuple[int, ...] = (),
 ) -> Variant:
     """Describes one compilation of `convolve`, on aligned tensors."""
     element_size = 2 if arithmetic == "half" else 4
@@ -315,6 +316,7 @@ def convolve_variant(
         matrix_product=arithmetic != "ieee",
         descriptors=True,
         link=link,
+        capabilities=capabilities,
     )
 
 

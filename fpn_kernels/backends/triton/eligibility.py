@@ -190,6 +190,11 @@ def lateral_connection(
     return refusal or _pixels_refusal(*feature.shape[2:])
 
 
+def copies_in_bulk(tensor: Tensor) -> bool:
+    """Whether a descriptor's boxes are moved by the chip's own copies (TMA), and not by pointers of the threads."""
+    return not tensor.is_cuda or capability(tensor.device.index)[0] >= 9
+
+
 def overlap_refusal(tensor: Tensor) -> str | None:
     """Programmatic dependent launch; the interpreter runs one launch after another, which is as right."""
     return _capability_refusal(tensor.device.index, 9) if tensor.is_cuda else None

@@ -11,6 +11,7 @@ that is fastest for it; the small ones share a launch, their tiles numbered thro
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,6 +53,10 @@ TABLE = {
     ("ieee", "small"): BoxConfig(4, 8, 32, 16, 4, 3, resident=4),
 }
 
+# Input channels a step, at most, where a descriptor is lowered to pointers, which take registers: with 64, four of the
+# tiles spilled 16 to 32 bytes (compiled for sm_80: four levels in a launch, and results written one by one).
+_DEPTH_BY_POINTERS = 32
+
 # What a wave of a tile (as many programs as are resident) takes, in us on an H100, 256 to 256 channels in bfloat16: the
 # time of 200 x 320 pixels, one image and eight, less 4 of the launch and its measurement, over the number of waves.  It
 # is the ratios that count.
@@ -89,6 +94,11 @@ def choose(
         return waves * (times[tile] if tile in times else times[tile.turned])
 
     return min((tile for config in fit for tile in (config, config.turned)), key=time)
+
+
+def on_chip(config: BoxConfig, copies_in_bulk: bool) -> BoxConfig:
+    """The tile as a chip runs it that has bulk copies, or has them not."""
+    return config if copies_in_bulk else dataclasses.replace(config, depth=min(config.depth, _DEPTH_BY_POINTERS))
 
 
 def launches(
@@ -142,7 +152,11 @@ def output_conv_levels(
     outs = [launching.stand_in(shape, features[0], out_format) for shape in shapes]
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     arithmetic, processors = geometry.arithmetic_of(features[0]), geometry.processors(features[0])
-    groups = launches(arithmetic, batch, out_channels, sizes, processors, boxed(outs))
+    in_bulk = eligibility.copies_in_bulk(features[0])
+    groups = [
+        (group, on_chip(config, in_bulk))
+        for group, config in launches(arithmetic, batch, out_channels, sizes, processors, boxed(outs))
+    ]
     overlap = eligibility.overlap_refusal(features[0]) is None
     links = _links(len(groups)) if overlap else [launching.ALONE] * len(groups)
     # All weights at once, before the first of them: a launch between two others would keep them from overlapping.
@@ -180,6 +194,7 @@ def _measured(levels: Sequence[Level], arithmetic: str, config: BoxConfig) -> Bo
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     in_boxes, weight = boxed(outs), levels[0].weight
     fit = fitting(TABLE, arithmetic, weight.shape[0], in_boxes)
+    in_bulk = eligibility.copies_in_bulk(features[0])
 
     def launch(candidate: BoxConfig) -> None:
         results = [torch.empty_like(out, device=features[0].device) for out in outs]
@@ -190,7 +205,7 @@ def _measured(levels: Sequence[Level], arithmetic: str, config: BoxConfig) -> Bo
         "output_conv",
         (arithmetic, result_axis(outs), in_boxes, len(levels), *weight.shape, *_size_classes(len(outs[0]), sizes)),
         features[0],
-        [tile for c in fit for tile in dict.fromkeys((c, c.turned))],
+        [on_chip(tile, in_bulk) for c in fit for tile in dict.fromkeys((c, c.turned))],
         config,
         launch,
     )
@@ -212,20 +227,32 @@ def output_conv(
     return run
 
 
+def _tiles_of_chips() -> Iterator[tuple[str, str, BoxConfig, tuple[int, ...]]]:
+    """Arithmetic, size and tile, and the chips (as `Variant.capabilities`) that have it."""
+    for (arithmetic, size), config in TABLE.items():
+        other = on_chip(config, copies_in_bulk=False)
+        if other == config:
+            yield arithmetic, size, config, ()
+        else:
+            yield arithmetic, size, config, (90, 100)
+            yield arithmetic, size, other, (80,)
+
+
 def variants() -> Iterator[Variant]:
     """What a launch may compile: every tile in boxes of either layout and orientation, and element by element."""
-    for (arithmetic, size), config in TABLE.items():
+    for arithmetic, size, config, capabilities in _tiles_of_chips():
         tiles = [config] if config.turned == config else [config, config.turned]
+        only: dict[str, Any] = {"arithmetic": arithmetic, "taps": 9, "capabilities": capabilities}
         for tile, (layout, out) in itertools.product(tiles, (("nhwc", "channels"), ("nchw", "pixels"))):
             if arithmetic == "ieee" and tile != config:
                 continue
-            yield convolve_variant(tile, f"output_conv-{layout}", arithmetic=arithmetic, taps=9, out=out)
+            yield convolve_variant(tile, f"output_conv-{layout}", out=out, **only)
             if config.channels <= MOST_SCATTERED and tile == config:
                 name = f"output_conv-{layout}-scattered"
-                yield convolve_variant(tile, name, arithmetic=arithmetic, taps=9, out=out, boxed=False)
+                yield convolve_variant(tile, name, out=out, boxed=False, **only)
         if arithmetic != "ieee" or size == "large":
             name = f"output_conv-nhwc-{LEVELS_COMPILED}levels"
-            yield convolve_variant(config, name, arithmetic=arithmetic, taps=9, levels=LEVELS_COMPILED)
+            yield convolve_variant(config, name, levels=LEVELS_COMPILED, **only)
     pyramid = launches("half", 1, 256, _PYRAMID, _PROCESSORS, True)
     for (group, config), link in zip(pyramid, _links(len(pyramid)), strict=True):
         name = f"output_conv-nhwc-pyramid-{''.join(map(str, group))}"
