@@ -21,11 +21,16 @@ def cuobjdump() -> str:
     return str(path)
 
 
+def is_gluon(variant: Any) -> bool:
+    """Whether the kernel of a `compiled.Variant` is written in Gluon."""
+    return hasattr(variant.kernel, "is_gluon") and bool(variant.kernel.is_gluon())
+
+
 def source_of(variant: Any) -> Any:
     """What Triton compiles a `compiled.Variant` from."""
     from triton.compiler import ASTSource
 
-    if hasattr(variant.kernel, "is_gluon") and variant.kernel.is_gluon():
+    if is_gluon(variant):
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
 
     return ASTSource(variant.kernel, dict(variant.signature), dict(variant.constexprs), dict(variant.attrs))

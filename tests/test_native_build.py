@@ -68,12 +68,12 @@ def test_a_build_computes_under_any_torch_and_a_second_one_has_nothing_to_do(tre
     assert _build(tree, **flags).returncode == 0
     assert objects == {path: path.stat().st_mtime_ns for path in objects}
     code = (
-        "import torch, fpn_kernels\n"
+        "import sys, torch, fpn_kernels\n"
         "with fpn_kernels.use_backend('native'):\n"
         "    print(fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6)).sum().item())\n"
         "for name in ('upsample_add', 'upsample_add_backward'):\n"
         "    print(torch._C._dispatch_has_kernel_for_dispatch_key(f'fpn_kernels_native::{name}', 'CUDA'))\n"
-        "if len(__import__('sys').argv) > 1:\n"
+        "if sys.argv[1:]:\n"
         "    print(torch.ops.fpn_kernels_native.cuda_refusal(99))\n"
     )
     run = subprocess.run(

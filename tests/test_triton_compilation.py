@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import compile_for, dump, source_of
+from machine_code import compile_for, dump, is_gluon, source_of
 from targets import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -175,7 +175,7 @@ def test_the_variants_are_what_a_launch_compiles(layout: torch.memory_format, la
     known = set()
     for variant in VARIANTS.values():
         # A kernel whose warps are given groups of their own has those on top: four that multiply, up to four that load.
-        groups = 8 if getattr(variant.kernel, "is_gluon", bool)() else 0
+        groups = 8 if is_gluon(variant) else 0
         known.add(identity(source_of(variant), variant.options["num_warps"] + groups))
     top, fine = (torch.empty(2, 256, *s, dtype=torch.bfloat16).to(memory_format=layout) for s in ((16, 32), (32, 64)))
     for mode in ("nearest", "bilinear"):

@@ -21,12 +21,9 @@ inline Elements first_elements(int64_t count) {
 // As with_element, of the dtypes that are multiplied as floats (capability.h: product_of).
 template <class Step>
 inline void with_element_of_floats(fpn::Dtype dtype, Step&& step) {
-  switch (dtype) {
-    case fpn::Dtype::float16: return step(Half{});
-    case fpn::Dtype::bfloat16: return step(BFloat16{});
-    case fpn::Dtype::float32: return step(float{});
-    case fpn::Dtype::float64: return;
-  }
+  with_element(dtype, [&](auto element) {
+    if constexpr (!std::is_same<decltype(element), double>::value) step(element);
+  });
 }
 
 inline float single(float value) { return value; }
