@@ -199,7 +199,8 @@ def output_conv_levels(
 ) -> tuple[Tensor, ...]:
     """`output_conv` of every level of a pyramid, each with its own weight and bias: of one launch, where that serves.
 
-    Where autograd records it, all levels are one node, which keeps what it needs of each until all of it has run.
+    Where autograd records it, each level is a call of `output_conv`, whose node lets its maps go when it has been
+    differentiated; inside `torch.compile` all levels are one operator.
 
     Args:
         features: the merged maps ``[N_l, Cin_l, H_l, W_l]`` of one dtype and device.
@@ -219,10 +220,22 @@ def output_conv_levels(
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    results: list[Tensor] = _operators(*features, *weights, *given).output_conv_levels(
+    operators = _operators(*features, *weights, *given)
+    if operators is torch.ops.fpn_kernels and _is_recorded(*features, *weights, *given):
+        placed = [None] * len(features) if biases is None else biases
+        each = zip(features, weights, placed, strict=True)
+        return tuple(output_conv(*level, memory_format=memory_format) for level in each)
+    results: list[Tensor] = operators.output_conv_levels(
         list(features), list(weights), given, levels, memory_format=memory_format
     )
     return tuple(results)
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd keeps what it needs: a compiler frees it in time."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def output_conv_format(feature: Tensor, *, recorded: bool = False) -> torch.memory_format:

@@ -151,6 +151,27 @@ def test_training_keeps_no_level_longer_than_its_own_backward() -> None:
     assert [saved[level]() is None for level in range(4)] == [True, False, True, False]
 
 
+def test_recorded_levels_are_a_node_each_whoever_looks_on() -> None:
+    """A profile of a training step shows the memory that the step takes without it."""
+    groups = [[tensor.requires_grad_() for tensor in group] for group in _inputs()]
+    alone = functional.output_conv_levels(*groups)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+        observed = functional.output_conv_levels(*groups)
+    for results in (alone, observed):
+        assert len({result.grad_fn for result in results}) == len(SIZES)
+    for ours, theirs in zip(alone, observed, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_level_that_needs_no_gradient_has_no_node() -> None:
+    features, weights, biases = _inputs()
+    weights[1].requires_grad_()
+    results = functional.output_conv_levels(features, weights, [None, *biases[1:]])
+    assert [result.requires_grad for result in results] == [False, True, False, False]
+    for result, *level in zip(results, features, weights, [None, *biases[1:]], strict=True):
+        assert torch.equal(result, fpn_kernels.output_conv(*level))
+
+
 # ----------------------------------------------------------------------------------------- PyTorch citizenship
 
 
@@ -238,9 +259,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_before_anything_is_computed(case: str) -> None:
     make, error, message = BAD[case]
-    with selection.record_calls() as calls, pytest.raises(error, match=message):
-        functional.output_conv_levels(*make(*_inputs()))
-    assert calls == []
+    for recorded in (False, True):
+        groups = [[tensor.requires_grad_(recorded) for tensor in group] for group in _inputs()]
+        with selection.record_calls() as calls, pytest.raises(error, match=message):
+            functional.output_conv_levels(*make(*groups))
+        assert calls == []
 
 
 @pytest.mark.parametrize("levels", [[0], [0, 4], [-1, 0]], ids=str)

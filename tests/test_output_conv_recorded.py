@@ -11,6 +11,7 @@ from samples import random_map
 from torch import Tensor
 
 import fpn_kernels
+from fpn_kernels import functional
 from fpn_kernels.backends import convolution, native, selection
 
 FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
@@ -77,3 +78,19 @@ def test_it_does_not_where_another_backend_serves_a_large_map(monkeypatch: pytes
     assert _node(inputs) == ("output_convBackward", [("output_conv", "native")])
     with torch.no_grad():
         assert _node(inputs)[1] == [("output_conv", "native")]
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason="another backend than eager")
+def test_each_level_of_a_pyramid_has_the_node_that_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("fpn_kernels.operators.output_conv"), "_MANY_PIXELS", 2 * 8 * 12)
+    inputs = [_inputs(size, 32, 64, torch.float32) for size in ((8, 12), (4, 6), (2, 3))]
+    inputs[2][0] = inputs[2][0].detach()
+    groups = [list(group) for group in zip(*inputs, strict=True)]
+    for _ in range(2):  # prepared, and remembered
+        with selection.record_calls() as calls:
+            results = functional.output_conv_levels(*groups)
+        nodes = [type(result.grad_fn).__name__ for result in results]
+        assert nodes == ["output_convBackward", "ConvolutionBackward0", "output_convBackward"]
+        assert [backend for _, backend in calls] == ["native", "eager", "native"]
+        for result, level in zip(results, inputs, strict=True):
+            assert torch.equal(result, fpn_kernels.output_conv(*level))

@@ -95,8 +95,9 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """ATen's gradients: of the feature where the weight is given, of the weight, and of the bias where wanted."""
     dtype = arithmetic_dtype(grad.device.type, grad.dtype)
-    # The values of the weight do not enter its own gradient; only its shape is read.  Filling them would be a launch.
-    values = feature.new_empty(()).expand(grad.shape[1], feature.shape[1], 3, 3) if weight is None else weight
+    # The values of the weight do not enter its own gradient; only its shape is read.  Filling them would be a launch,
+    # and one number expanded is copied to every place by oneDNN.
+    values = feature.new_empty((grad.shape[1], feature.shape[1], 3, 3)) if weight is None else weight
     computed = torch.ops.aten.convolution_backward.default(
         *((grad, feature, values) if dtype == grad.dtype else (t.to(dtype) for t in (grad, feature, values))),
         [grad.shape[1]],

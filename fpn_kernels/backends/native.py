@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fpn_kernels.backends import convolution, library_file
 from fpn_kernels.backends.eager import normalized
-from fpn_kernels.backends.layouts import allocate, requested_format, result_format
+from fpn_kernels.backends.layouts import allocate, allocator, requested_format, result_format
 from fpn_kernels.backends.selection import AtOnce, Backend, Implementation
 from fpn_kernels.resampling import MODES
 
@@ -57,11 +57,11 @@ def load_error() -> str | None:
 
 @AtOnce
 def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
-    shape, out_format, number = tuple(lateral.shape), result_format(lateral), _MODE_NUMBERS[mode]
+    new, number = allocator(lateral.shape, result_format(lateral)), _MODE_NUMBERS[mode]
     merge = torch.ops.fpn_kernels_native.upsample_add.default
 
     def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
-        out = allocate(shape, lateral, out_format)
+        out = new(lateral)
         merge(top, lateral, number, gain, out)
         return out
 
@@ -70,11 +70,11 @@ def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callab
 
 @AtOnce
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Callable[..., Tensor]:
-    shape, out_format, number = (*grad.shape[:2], *top_size), result_format(grad), _MODE_NUMBERS[mode]
+    new, number = allocator((*grad.shape[:2], *top_size), result_format(grad)), _MODE_NUMBERS[mode]
     adjoint = torch.ops.fpn_kernels_native.upsample_add_backward.default
 
     def run(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
-        grad_top = allocate(shape, grad, out_format)
+        grad_top = new(grad)
         adjoint(grad, number, gain, grad_top)
         return grad_top
 
@@ -85,13 +85,13 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
 def merge_backward(
     grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    shape, out_format, number = (*grad.shape[:2], *top_size), result_format(grad), _MODE_NUMBERS[mode]
+    new, number = allocator((*grad.shape[:2], *top_size), result_format(grad)), _MODE_NUMBERS[mode]
     adjoint = torch.ops.fpn_kernels_native.merge_backward.default
 
     def run(
         grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
     ) -> tuple[Tensor, Tensor]:
-        grad_top = allocate(shape, grad, out_format)
+        grad_top = new(grad)
         # The library adds up in float64; rounded here, once.
         grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
         # An own gradient that lies in memory as the result does is added in the same pass.
@@ -112,13 +112,13 @@ def weighted_merge(
     normalization: str = "none",
     eps: float = 0.0,
 ) -> Callable[..., Tensor]:
-    shape, out_format, number = tuple(first.shape), result_format(first), _MODE_NUMBERS[mode]
+    new, number = allocator(first.shape, result_format(first)), _MODE_NUMBERS[mode]
     merge, relu = torch.ops.fpn_kernels_native.weighted_merge.default, normalization == "relu"
     # The library reads these; softmax is left to PyTorch, whose exponential is not the C library's bit for bit.
     read_as_given = normalization != "softmax" and weights.dtype in (torch.float32, torch.float64)
 
     def run(first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, mode: str, *_: object) -> Tensor:
-        out = allocate(shape, first, out_format)
+        out = new(first)
         if not read_as_given:
             weights = normalized(weights, first, "none" if relu else normalization, eps)
         merge(first, second, third, weights, relu, eps, number, out)
@@ -129,11 +129,11 @@ def weighted_merge(
 
 @AtOnce
 def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    shape, out_format = tuple(grad.shape), result_format(grad)
+    new = allocator(grad.shape, result_format(grad))
     adjoint = torch.ops.fpn_kernels_native.weighted_merge_backward.default
 
     def run(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        grad_input = allocate(shape, grad, out_format)
+        grad_input = new(grad)
         # The library adds up in float64; rounded here, once.
         grad_factor = torch.empty((), dtype=torch.float64)
         adjoint(grad, input, factor, grad_input, grad_factor)
@@ -215,7 +215,8 @@ def lateral_connection(
     convolution on small maps (257 channels: 1.2 times).
     """
     out_format = requested_format(feature, memory_format)
-    shape, number = (feature.shape[0], weight.shape[0], *feature.shape[2:]), _MODE_NUMBERS[mode]
+    new = allocator((feature.shape[0], weight.shape[0], *feature.shape[2:]), out_format)
+    number = _MODE_NUMBERS[mode]
     by_convolution = _convolution_is_faster(feature, out_format, top is not None)
     dtype, arithmetic = feature.dtype, convolution.arithmetic_dtype("cpu", feature.dtype)
     # Tiles add channels side by side, whatever the layout of the result: at 75 x 113 in NCHW 1.7 ms, copy included,
@@ -241,13 +242,13 @@ def lateral_connection(
         if turns_top and top is not None:
             top = _reorder(top, torch.channels_last)
         if not by_convolution and not declined:
-            out = allocate(shape, feature, out_format)
+            out = new(feature)
             addend = no_bias if bias is None else bias.float().contiguous()
             if connect(feature, weight, addend, top, number, gain, out):
                 return out
             declined = True
         if not by_convolution and arithmetic != torch.float32:
-            out = allocate(shape, feature, out_format)
+            out = new(feature)
             _accumulate(feature, weight, bias, top, number, gain, out)
             return out
         if dtype != arithmetic:
@@ -258,7 +259,7 @@ def lateral_connection(
             return lateral.to(dtype).contiguous(memory_format=out_format)
         if by_convolution:
             return _merge_in_place(top, lateral, number, gain)
-        out = allocate(shape, lateral, out_format)
+        out = new(lateral)
         merge(top, lateral, number, gain, out)
         return out.to(dtype)
 
@@ -296,7 +297,7 @@ def output_conv(
     Elsewhere PyTorch's, and a fast copy where its result has another layout.
     """
     out_format = requested_format(feature, memory_format)
-    shape = (feature.shape[0], weight.shape[0], *feature.shape[2:])
+    new = allocator((feature.shape[0], weight.shape[0], *feature.shape[2:]), out_format)
     by_tiles = multiplies_by_tiles(feature.dtype)
     own = True  # until the library declines
     # The tiles' own copy takes twice as long: a block's share of a channel is short.
@@ -308,7 +309,7 @@ def output_conv(
         if turns:
             feature = _in_layout(feature, convolution.fastest_format("cpu", feature.dtype))
         if own:
-            out = allocate(shape, feature, out_format)
+            out = new(feature)
             if convolve(feature, weight, bias, out):
                 return out
             own = False  # it goes by what calls alike have in common

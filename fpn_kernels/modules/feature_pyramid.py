@@ -111,8 +111,8 @@ class FeaturePyramidNetwork(nn.Module):
             TypeError, ValueError: not such maps, or not as many as there are levels; the message names the
                 level.
         """
-        names, features = self._check_features(x)
         inner, outer = list(self.inner_blocks), list(self.layer_blocks)
+        names, features = _check_features(x, inner)
         _, results = pyramid(features, inner, outer, mode=self.mode, gain=GAINS[self.fuse_type])
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
@@ -155,35 +155,33 @@ class FeaturePyramidNetwork(nn.Module):
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, fuse_type={self.fuse_type!r}"
 
-    def _check_features(self, x: Any) -> tuple[list[Any], list[Tensor]]:
-        if isinstance(x, Mapping):
-            names, features = list(x.keys()), list(x.values())
-        elif isinstance(x, (list, tuple)):
-            # The names torchvision's backbones give: an extra block may extend them.
-            names, features = [str(level) for level in range(len(x))], list(x)
-        else:
-            raise TypeError(
-                f"x: expected a mapping, list or tuple of feature maps, finest first, got {type(x).__name__}"
-            )
-        if len(features) != len(self.inner_blocks):
-            raise ValueError(
-                f"x: expected {len(self.inner_blocks)} feature maps, one for each level, got {len(features)}"
-            )
-        named = isinstance(x, Mapping)
-        for level, (name, feature, block) in enumerate(zip(names, features, self.inner_blocks, strict=True)):
-            _check_feature(level, f"x[{name!r}]" if named else f"x[{level}]", feature, block)
-        return names, features
+
+def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list[Tensor]]:
+    if isinstance(x, Mapping):
+        names, features = list(x.keys()), list(x.values())
+        keys: Sequence[Any] = names
+    elif isinstance(x, (list, tuple)):
+        # The names torchvision's backbones give: an extra block may extend them.
+        names, features = [str(level) for level in range(len(x))], list(x)
+        keys = range(len(x))
+    else:
+        raise TypeError(f"x: expected a mapping, list or tuple of feature maps, finest first, got {type(x).__name__}")
+    if len(features) != len(inner):
+        raise ValueError(f"x: expected {len(inner)} feature maps, one for each level, got {len(features)}")
+    for level, (key, feature, block) in enumerate(zip(keys, features, inner, strict=True)):
+        _check_feature(level, key, feature, block)
+    return names, features
 
 
-def _check_feature(level: int, argument: str, feature: Any, block: nn.Module) -> None:
+def _check_feature(level: int, key: Any, feature: Any, block: nn.Module) -> None:
     if not isinstance(feature, Tensor):
-        raise TypeError(f"{argument}: expected a Tensor for level {level}, got {type(feature).__name__}")
+        raise TypeError(f"x[{key!r}]: expected a Tensor for level {level}, got {type(feature).__name__}")
     if feature.dim() != 4:
-        raise ValueError(f"{argument}: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")
+        raise ValueError(f"x[{key!r}]: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")
     convolution = next(iter(block), block) if isinstance(block, nn.Sequential) else block
     if isinstance(convolution, nn.Conv2d) and feature.shape[1] != convolution.in_channels:
         raise ValueError(
-            f"{argument}: expected {convolution.in_channels} channels for level {level},"
+            f"x[{key!r}]: expected {convolution.in_channels} channels for level {level},"
             f" got {feature.shape[1]} (shape {tuple(feature.shape)})"
         )
 

@@ -8,7 +8,7 @@ norm: anything that was hooked, patched or replaced runs as the module it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
@@ -67,10 +67,18 @@ def convolution_parameters(
     if norm is not None and (is_observed(norm) or not has_fixed_statistics(norm)):
         return None
     # Read once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
-    weight, bias = convolution.weight, convolution.bias
+    weight, bias = _parameters(convolution)
     if hasattr(type(weight), "__tensor_flatten__"):
         return None  # a wrapper (DTensor, a quantised weight): only the module's own call knows what it means
     return (weight, bias) if norm is None else fold(weight, bias, norm)
+
+
+def _parameters(convolution: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    held = convolution._parameters
+    if type(convolution) is nn.Conv2d and "weight" in held and "bias" in held:
+        # What `nn.Module.__getattr__` would find, which takes 0.8 us each (one core of Zen 3).
+        return cast(Tensor, held["weight"]), held["bias"]
+    return convolution.weight, convolution.bias
 
 
 def _is_plain(convolution: nn.Conv2d, kernel_size: int, forward: Callable[..., Any]) -> bool:

@@ -7,7 +7,7 @@ result merged by `upsample_add`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,10 @@ def _output_maps(
     """The output map of each level whose block has parameters, in the layout of its feature; None for the others."""
     given = {level: parameters for level, parameters in enumerate(outputs) if parameters is not None}
     results: list[Tensor | None] = [None] * len(outputs)
-    if not _are_recorded(merged, given) and len({(result_format(features[n]), merged[n].dtype) for n in given}) == 1:
+    kinds = {(result_format(features[n]), merged[n].dtype) for n in given}
+    if len(kinds) == 1:
         weights, biases = zip(*given.values(), strict=True)
-        memory_format = result_format(features[next(iter(given))])
+        memory_format, _ = kinds.pop()
         maps = functional.output_conv_levels([merged[n] for n in given], weights, biases, memory_format=memory_format)
         for level, result in zip(given, maps, strict=True):
             results[level] = result
@@ -78,15 +79,6 @@ def _output_maps(
         memory_format = result_format(features[level])
         results[level] = functional.output_conv(merged[level], *parameters, memory_format=memory_format)
     return results
-
-
-def _are_recorded(merged: Sequence[Tensor], given: Mapping[int, Parameters]) -> bool:
-    """Whether autograd will keep the merged maps: a level's until that has been differentiated, of all levels at once
-    until all have been.  A compiler frees each in time.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return any(merged[level].requires_grad or weight.requires_grad for level, (weight, _) in given.items())
 
 
 def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ DIFFERENTIABLE = types.SimpleNamespace()
 KERNELS_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 DIFFERENTIABLE_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 
-_TYPES = (Tensor, torch.nn.Parameter)
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_NUMBER = torch._C.DispatchKeySet.raw_repr
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 def _set(*names: str) -> int:
@@ -53,16 +55,16 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
     def straight(tensors: Sequence[Tensor | None]) -> types.SimpleNamespace | None:
         if included().raw_repr() & other_modes or function_modes() or profiling() or forward_ad._current_level >= 0:
             return None
-        differentiates, asked = torch.is_grad_enabled(), False
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() & other_tensors:
-                return None
-            asked = asked or (differentiates and tensor.requires_grad)
         first = tensors[0] if tensors else None
         if first is None:
             return None
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not _TYPES.issuperset(map(type, given)):
+            return None
+        for keys in {*map(_NUMBER, map(keys_of, given))}:
+            if keys & other_tensors:
+                return None
+        asked = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
         device_type = first.device.type
         if torch.is_autocast_enabled(device_type):
             return (DIFFERENTIABLE_OF_CAST if asked else KERNELS_OF_CAST)[device_type]
@@ -134,12 +136,14 @@ def differentiable(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type(name, (torch.autograd.Function,), methods)
+    # Not `function.apply`, which asks for functorch first: where a transform looks on, a call does not come here.
+    apply = super(torch.autograd.Function, function).apply
 
     def call(*inputs: Any, **keywords: Any) -> Any:
         result = None if recorded is None else recorded(*inputs, **keywords)
         if result is not None:
             return result
         counts = [len(each) if isinstance(each, list) else None for each in inputs]
-        return function.apply(*_flat(inputs), {**defaults, **keywords}, counts)
+        return apply(*_flat(inputs), {**defaults, **keywords}, counts)
 
     return call

@@ -114,17 +114,29 @@ def _recorded(
     Where another backend would serve, it is eager all the same on maps of which the device would save less than the
     host loses.
     """
-    if not (feature.requires_grad and weight.requires_grad and convolution.gradients_are_atens(feature.device.type)):
+    if not _may_be_atens(feature, weight):
         return None
-    arguments = (feature, weight, bias, memory_format)
-    prepared = prepare(*arguments)
-    result: Tensor | None = None
-    if prepared.backend == eager.BACKEND.name:
-        result = prepared(*arguments)
-    elif prepared.backend is not None and not _node_pays(feature):
-        selection.record("output_conv", eager.BACKEND.name)
-        result = eager.output_conv(*arguments)
-    return result
+    return recorded_by_aten(prepare(feature, weight, bias, memory_format), feature, weight, bias, memory_format)
+
+
+def _may_be_atens(feature: Tensor, weight: Tensor) -> bool:
+    return feature.requires_grad and weight.requires_grad and convolution.gradients_are_atens(feature.device.type)
+
+
+def recorded_by_aten(
+    prepared: serving.Prepared,
+    feature: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    memory_format: torch.memory_format | None,
+) -> Tensor | None:
+    """As `_recorded`, of a call that has been prepared."""
+    if prepared.backend is None or not _may_be_atens(feature, weight):
+        return None
+    if prepared.backend != eager.BACKEND.name and _node_pays(feature):
+        return None
+    selection.record("output_conv", eager.BACKEND.name)
+    return eager.output_conv(feature, weight, bias, memory_format)
 
 
 def _node_pays(feature: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fpn_kernels.backends import serving
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
-from fpn_kernels.operators import levels, output_conv, registration
+from fpn_kernels.operators import direct, levels, output_conv, registration
 from fpn_kernels.operators.checks import check_output_conv_levels
 
 
@@ -26,8 +26,9 @@ def _kernel(
     *,
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
-    arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, memory_format)
-    key = serving.likeness("output_conv_levels", arguments) if features else None
+    counts = (len(features), len(weights), *bias_levels)
+    tensors = (*features, *weights, *biases)
+    key = serving.likeness_of("output_conv_levels", tensors, (*counts, memory_format)) if features else None
     known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
     placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
@@ -45,6 +46,33 @@ def _kernel(
         known = [output_conv.prepare(*level) for level in each]
         levels.remember(key, known)
     return [convolve(*level) for convolve, level in zip(known, each, strict=True)]
+
+
+def _recorded(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_levels: Sequence[int],
+    *,
+    memory_format: torch.memory_format | None = None,
+) -> list[Tensor]:
+    """A node of autograd's a level, which lets its maps go when it has been differentiated; one of all keeps them."""
+    counts = (len(features), len(weights), *bias_levels)
+    tensors = (*features, *weights, *biases)
+    key = serving.likeness_of("output_conv_levels, a node each", tensors, (*counts, memory_format))
+    known: list[serving.Prepared] | None = serving.recall(key)
+    placed = levels.by_level(biases, bias_levels, len(features))
+    if known is None:
+        check_output_conv_levels(features, weights, placed, memory_format)
+        known = [output_conv.prepare(*level, memory_format) for level in zip(features, weights, placed, strict=True)]
+        levels.remember(key, known)
+    results: list[Tensor] = []
+    for prepared, feature, weight, bias in zip(known, features, weights, placed, strict=True):
+        result = output_conv.recorded_by_aten(prepared, feature, weight, bias, memory_format)
+        if result is None:
+            result = direct.DIFFERENTIABLE.output_conv(feature, weight, bias, memory_format=memory_format)
+        results.append(result)
+    return results
 
 
 def _fake(
@@ -107,5 +135,5 @@ _NAME = registration.define(
     _kernel,
     _fake,
 )
-registration.differentiable(_NAME, _backward, _setup_context)
+registration.differentiable(_NAME, _backward, _setup_context, _recorded)
 registration.autocast(_NAME)

@@ -41,8 +41,9 @@ def _kernel(
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
     options = (mode, gain, memory_format)
-    arguments = (*features, *weights, *biases, len(features), len(weights), *bias_levels, *options)
-    key = serving.likeness("top_down_pathway", arguments) if features else None
+    counts = (len(features), len(weights), *bias_levels)
+    tensors = (*features, *weights, *biases)
+    key = serving.likeness_of("top_down_pathway", tensors, (*counts, *options)) if features else None
     known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
     placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
@@ -142,9 +143,11 @@ def _likeness(
     """All that the calls of a backward go by."""
     if grads[0] is None:
         return None
-    weights = saved[len(grads) :]
-    settings = (ctx.mode, ctx.gain, *ctx.formats, *ctx.sizes, *itertools.chain(*wanted))
-    return serving.likeness("top_down_pathway_backward", (*grads, *weights, *settings))
+    given = (*grads, *saved[len(grads) :])
+    tensors = [tensor for tensor in given if tensor is not None]
+    missing = [tensor is None for tensor in given]
+    settings = (ctx.mode, ctx.gain, *missing, *ctx.formats, *ctx.sizes, *itertools.chain(*wanted))
+    return serving.likeness_of("top_down_pathway_backward", tensors, settings)
 
 
 def _gradients(

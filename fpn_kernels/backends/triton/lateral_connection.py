@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, requested_format
+from fpn_kernels.backends.layouts import allocator, requested_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import (
     autotune,
@@ -267,7 +267,7 @@ def lateral_connection(
         (feature.shape[0], weight.shape[0], *feature.shape[2:]),
         requested_format(feature, memory_format),
     )
-    like = launching.stand_in(shape, feature, out_format)
+    new, like = allocator(shape, out_format), launching.stand_in(shape, feature, out_format)
     if top is not None and mode == "bilinear":
         # Composed: the connection alone, then the merge in place.
         connection = plan(feature, weight, bias, None, like, "nearest")
@@ -284,7 +284,7 @@ def lateral_connection(
         gain: float,
         memory_format: torch.memory_format | None,
     ) -> Tensor:
-        out = allocate(shape, feature, out_format)
+        out = new(feature)
         if merge is None:
             connection(feature, weight, bias, top, out, gain)
         else:

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.layouts import allocator, result_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -58,7 +58,7 @@ def merge_backward(
     grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     channels, shape, out_format = grad.shape[1], (*grad.shape[:2], *top_size), result_format(grad)
-    like = launching.stand_in(shape, grad, out_format)
+    new, like = allocator(shape, out_format), launching.stand_in(shape, grad, out_format)
     chosen = plan(grad, like, mode, bias=True)
     # An own gradient that lies in memory as the result does is read at the places that are written anyway.
     alike = own is not None and chosen.window != AREA and geometry.strides(own) == geometry.strides(like)
@@ -68,7 +68,7 @@ def merge_backward(
     def run(
         grad: Tensor, top_size: tuple[int, int], own: Tensor | None, mode: str, gain: float
     ) -> tuple[Tensor, Tensor]:
-        out = allocate(shape, grad, out_format)
+        out = new(grad)
         partials = torch.empty((chosen.partials, channels), dtype=torch.float32, device=grad.device)
         bias = grad.new_empty(channels)
         adjoint(grad, out, own if alike else out, partials, gain)

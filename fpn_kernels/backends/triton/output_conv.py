@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, requested_format
+from fpn_kernels.backends.layouts import allocator, requested_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import autotune, eligibility, geometry, launching
 from fpn_kernels.backends.triton.compiled import Variant
@@ -150,6 +150,7 @@ def output_conv_levels(
     out_format = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     shapes = [(batch, out_channels, *feature.shape[2:]) for feature in features]
     outs = [launching.stand_in(shape, features[0], out_format) for shape in shapes]
+    allocators = [allocator(shape, out_format) for shape in shapes]
     sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     arithmetic, processors = geometry.arithmetic_of(features[0]), geometry.processors(features[0])
     in_bulk = eligibility.copies_in_bulk(features[0])
@@ -173,7 +174,7 @@ def output_conv_levels(
         biases: Sequence[Tensor | None],
         memory_format: torch.memory_format | None,
     ) -> list[Tensor]:
-        results = [allocate(shape, features[0], out_format) for shape in shapes]
+        results = [new(features[0]) for new in allocators]
         matrices = to_matrices(weights)
         in_use: list[Sequence[Tensor]] = []
         for group, convolve in convolutions:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, requested_format
+from fpn_kernels.backends.layouts import allocator, requested_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import lateral_connection, lateral_connection_descriptors, launching
 from fpn_kernels.backends.triton.compiled import Variant
@@ -46,6 +46,7 @@ def top_down_pathway(
     shapes = [(f.shape[0], w.shape[0], *f.shape[2:]) for f, w in zip(features, weights, strict=True)]
     formats = [requested_format(feature, memory_format) for feature in features]
     likes = [launching.stand_in(*made) for made in zip(shapes, features, formats, strict=True)]
+    allocators = [allocator(shape, chosen) for shape, chosen in zip(shapes, formats, strict=True)]
     connections = [
         lateral_connection.plan(
             *(features[level], weights[level], biases[level]),
@@ -67,7 +68,7 @@ def top_down_pathway(
         in_use: list[Sequence[Tensor]] = []
         top: Tensor | None = None
         for level in range(coarsest, -1, -1):
-            out = allocate(shapes[level], features[level], formats[level])
+            out = allocators[level](features[level])
             in_use.append(connections[level](features[level], weights[level], biases[level], top, out, gain))
             merged.append(out)
             top = out

@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.layouts import allocator, result_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import autotune, geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -301,11 +301,12 @@ def _try(config: TileConfig, top: Tensor, lateral: Tensor, out: Tensor, mode: st
 
 @AtOnce
 def upsample_add(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
-    shape, out_format = tuple(lateral.shape), result_format(lateral)
+    shape, out_format = lateral.shape, result_format(lateral)
+    new = allocator(shape, out_format)
     merge = plan(top, lateral, launching.stand_in(shape, lateral, out_format), mode)
 
     def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
-        out = allocate(shape, lateral, out_format)
+        out = new(lateral)
         merge(top, lateral, out, gain)
         return out
 

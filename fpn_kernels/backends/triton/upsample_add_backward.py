@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.layouts import allocator, result_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import autotune, geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -199,11 +199,11 @@ def _try(chosen: Plan, grad: Tensor, out: Tensor, mode: str, bias: bool) -> None
 @AtOnce
 def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Callable[..., Tensor]:
     shape, out_format = (*grad.shape[:2], *top_size), result_format(grad)
-    like = launching.stand_in(shape, grad, out_format)
+    new, like = allocator(shape, out_format), launching.stand_in(shape, grad, out_format)
     adjoint = gather(plan(grad, like, mode, bias=False), grad, like, mode, bias=False, own=False)
 
     def run(grad: Tensor, top_size: tuple[int, int], mode: str, gain: float) -> Tensor:
-        out = allocate(shape, grad, out_format)
+        out = new(grad)
         adjoint(grad, out, out, out, gain)
         return out
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.layouts import allocator, result_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -140,7 +140,8 @@ def weighted_merge(
     normalization: str = "none",
     eps: float = 0.0,
 ) -> Callable[..., Tensor]:
-    shape, out_format = tuple(first.shape), result_format(first)
+    shape, out_format = first.shape, result_format(first)
+    new = allocator(shape, out_format)
     # The last map is the one that may have another size.
     second_is_last = third is None or second.shape != first.shape
     middle, last, last_factor = (third, second, 1) if second_is_last else (second, third, 2)
@@ -150,7 +151,7 @@ def weighted_merge(
     )
 
     def run(first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, mode: str, *_: object) -> Tensor:
-        out = allocate(shape, first, out_format)
+        out = new(first)
         middle, last = (third, second) if second_is_last else (second, third)
         merge(first, first if middle is None else middle, last, _read(weights), out)
         return out

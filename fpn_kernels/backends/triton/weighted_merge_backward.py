@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.backends.layouts import allocator, result_format
 from fpn_kernels.backends.selection import AtOnce
 from fpn_kernels.backends.triton import geometry, launching
 from fpn_kernels.backends.triton.compiled import POINTER_TYPES, Variant, variant
@@ -136,11 +136,12 @@ def launch(grad: Tensor, input: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 @AtOnce
 def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    shape, out_format = tuple(grad.shape), result_format(grad)
+    shape, out_format = grad.shape, result_format(grad)
+    new = allocator(shape, out_format)
     scaled, programs = plan(grad, input, launching.stand_in(shape, grad, out_format))
 
     def run(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        out = allocate(shape, grad, out_format)
+        out = new(grad)
         partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
         scaled(grad, input, factor, out, partials)
         return out, partials.sum()
