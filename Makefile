@@ -20,6 +20,11 @@ endif
 # A test that hangs ends after this many seconds, where pytest-timeout is installed.
 export PYTEST_TIMEOUT ?= 300
 
+# Bytecode is kept, whatever the shell says: every test process would compile the tests anew. What is installed is
+# compiled when it is first imported, for most of it never is.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := install --quiet --no-compile
+
 # Test processes side by side, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
 
@@ -53,8 +58,8 @@ help:
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" "ninja>=1.11"
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(PY) -m pip $(INSTALL) "$(TORCH)" "setuptools>=77" "ninja>=1.11"
+	$(PY) -m pip $(INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 # ninja has nothing to do where no source has changed; what cannot be built here is left out, with the reason.
@@ -88,8 +93,8 @@ test-large: build
 
 $(ECOSYSTEM_VENV)/.ready:
 	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
-	$(ECOSYSTEM_VENV)/bin/python -m pip install --quiet $(ECOSYSTEM) "setuptools>=77" ninja pytest pytest-timeout
-	$(ECOSYSTEM_VENV)/bin/python -m pip install --quiet --no-deps $(ECOSYSTEM_NO_DEPENDENCIES)
+	$(ECOSYSTEM_VENV)/bin/python -m pip $(INSTALL) $(ECOSYSTEM) "setuptools>=77" ninja pytest pytest-timeout
+	$(ECOSYSTEM_VENV)/bin/python -m pip $(INSTALL) --no-deps $(ECOSYSTEM_NO_DEPENDENCIES)
 	@touch $@
 
 test-ecosystem: $(ECOSYSTEM_VENV)/.ready
