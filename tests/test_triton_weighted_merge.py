@@ -45,7 +45,7 @@ def test_every_tile(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.Mo
     walk, reading, element_size = key
     chosen: list[tuple[str, str, int]] = []
 
-    def choose(walk: str, reading: str, element_size: int, columns: int, access: int) -> Any:
+    def choose(walk: str, reading: str, element_size: int, columns: int, access: int, third: bool) -> Any:
         chosen.append((walk, reading, element_size))
         return tile
 

@@ -8,6 +8,7 @@ launches for that made a node of 100 x 160 pixels take 16.4 us, where torch.comp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,9 +40,13 @@ TABLE = {
 }
 
 
-def choose(walk: str, reading: str, element_size: int, columns: int, access: int) -> TileConfig:
-    """The tile for rows of `columns` elements; `access` as for `upsample_add`."""
-    return fitting(TABLE[walk, reading, element_size], columns, access)
+def choose(walk: str, reading: str, element_size: int, columns: int, access: int, third: bool) -> TileConfig:
+    """The tile for rows of `columns` elements; `access` as for `upsample_add`; `third`: of three maps."""
+    tile = fitting(TABLE[walk, reading, element_size], columns, access)
+    if third and access <= 1 and (walk, reading, element_size) == ("planes", "nearest", 2):
+        # Triton 3.6's assembler keeps 32 rows to 64 registers, and spills two (sm_90; 3.7's spills none).
+        return dataclasses.replace(tile, rows=tile.rows // 2)
+    return tile
 
 
 def plan(
@@ -78,7 +83,7 @@ def plan(
         alignments["LAST"] = geometry.alignment(last, 3, last_width) if reading in ("same", "pairs") else 0
     gathered = walk == "planes" and reading in ("nearest", "bilinear")
     access = min(a for name, a in alignments.items() if name != "LAST" or not gathered)
-    config = choose(walk, reading, first.element_size(), columns, access)
+    config = choose(walk, reading, first.element_size(), columns, access, third)
     row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
     return launching.Launch(
         launched,
@@ -165,31 +170,30 @@ def variants() -> Iterator[Variant]:
     Weights of another dtype than float32 are read alike in every one of them: they are described once a kernel.
     """
     usual, *others = _POINTERS.values()
-    cases = [(key, tile, 16, usual) for key, tiles in TABLE.items() for tile in tiles]
-    cases += [(key, fitting(tiles, 256, 0), 0, usual) for key, tiles in TABLE.items() if key[2] == 2]
-    cases += [
-        (key, TABLE[key][0], 16, other) for key in (("channels", "same", 2), ("planes", "same", 2)) for other in others
-    ]
-    for (walk, reading, size), config, alignment, weights in cases:
+    both = (False, True)
+    cases = [(key, tile, 16, usual, third) for key, tiles in TABLE.items() for tile in tiles for third in both]
+    cases += [(key, choose(*key, 256, 0, third), 0, usual, third) for key in TABLE if key[2] == 2 for third in both]
+    keys = (("channels", "same", 2), ("planes", "same", 2))
+    cases += [(key, TABLE[key][0], 16, other, True) for key in keys for other in others]
+    for (walk, reading, size), config, alignment, weights, third in cases:
         gathered = walk == "planes" and reading in ("nearest", "bilinear")
-        for third in (False, True) if weights == usual else (True,):
-            yield variant(
-                weighted_channels if walk == "channels" else weighted_planes,
-                {**dict.fromkeys(("first", "middle", "last", "out"), POINTER_TYPES[size]), "weights": weights},
-                ("scale_y", "scale_x", "eps"),
-                {
-                    **{"READING": reading, "MODE": "bilinear" if reading == "bilinear" else "nearest"},
-                    **{"THIRD": third, "WIDE": alignment == 0},
-                    **{"FIRST": alignment, "MIDDLE": alignment, "LAST": 0 if gathered else alignment, "OUT": alignment},
-                    **{"ROWS": config.rows, "COLUMNS": config.columns},
-                },
-                {"num_warps": config.num_warps, "enable_fp_fusion": False},
-                f"weighted_merge-{walk}-{reading}-{'three' if third else 'two'}-{8 * size}bit"
-                f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}"
-                + ("" if weights == usual else f"-weights-{weights[1:]}"),
-                aligned=alignment > 0,
-                # The weights are single numbers; in the planes a coarse map is read in shorter runs, or gathered.
-                wide={"STG": 0, **({"LDG": 2 + third} if walk == "channels" or reading == "same" else {})}
-                if alignment
-                else {},
-            )
+        yield variant(
+            weighted_channels if walk == "channels" else weighted_planes,
+            {**dict.fromkeys(("first", "middle", "last", "out"), POINTER_TYPES[size]), "weights": weights},
+            ("scale_y", "scale_x", "eps"),
+            {
+                **{"READING": reading, "MODE": "bilinear" if reading == "bilinear" else "nearest"},
+                **{"THIRD": third, "WIDE": alignment == 0},
+                **{"FIRST": alignment, "MIDDLE": alignment, "LAST": 0 if gathered else alignment, "OUT": alignment},
+                **{"ROWS": config.rows, "COLUMNS": config.columns},
+            },
+            {"num_warps": config.num_warps, "enable_fp_fusion": False},
+            f"weighted_merge-{walk}-{reading}-{'three' if third else 'two'}-{8 * size}bit"
+            f"-{config.rows}x{config.columns}-{'dense' if alignment else 'strided'}"
+            + ("" if weights == usual else f"-weights-{weights[1:]}"),
+            aligned=alignment > 0,
+            # The weights are single numbers; in the planes a coarse map is read in shorter runs, or gathered.
+            wide={"STG": 0, **({"LDG": 2 + third} if walk == "channels" or reading == "same" else {})}
+            if alignment
+            else {},
+        )
