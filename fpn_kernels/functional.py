@@ -199,8 +199,8 @@ def output_conv_levels(
 ) -> tuple[Tensor, ...]:
     """`output_conv` of every level of a pyramid, each with its own weight and bias: of one launch, where that serves.
 
-    Where autograd records it, each level is a call of `output_conv`, whose node lets its maps go when it has been
-    differentiated; inside `torch.compile` all levels are one operator.
+    Where autograd records it, each level has a node of its own, which lets its maps go when it has been differentiated;
+    inside `torch.compile` all levels are one operator.
 
     Args:
         features: the merged maps ``[N_l, Cin_l, H_l, W_l]`` of one dtype and device.
@@ -221,7 +221,9 @@ def output_conv_levels(
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
     operators = _operators(*features, *weights, *given)
-    if operators is torch.ops.fpn_kernels and _is_recorded(*features, *weights, *given):
+    # The dispatcher would make one node of all levels.
+    dispatched = operators is torch.ops.fpn_kernels and len(features) == len(weights)
+    if dispatched and _is_recorded(*features, *weights, *given):
         placed = [None] * len(features) if biases is None else biases
         each = zip(features, weights, placed, strict=True)
         return tuple(output_conv(*level, memory_format=memory_format) for level in each)

@@ -28,7 +28,6 @@ KERNELS_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace
 DIFFERENTIABLE_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
-_NUMBER = torch._C.DispatchKeySet.raw_repr
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
@@ -42,6 +41,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
     """Says whether the kernel, or autograd and the kernel, are all that there is to call; where torch tells."""
     try:
         included, keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys  # type: ignore[attr-defined]
+        number_of = torch._C.DispatchKeySet.raw_repr
         function_modes = torch._C._len_torch_function_stack
         profiling = torch._C._autograd._profiler_enabled
         int(forward_ad._current_level)
@@ -61,7 +61,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
         given = [tensor for tensor in tensors if tensor is not None]
         if not _TYPES.issuperset(map(type, given)):
             return None
-        for keys in {*map(_NUMBER, map(keys_of, given))}:
+        for keys in {*map(number_of, map(keys_of, given))}:
             if keys & other_tensors:
                 return None
         asked = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
