@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from samples import MERGES, Sizes, random_map
@@ -65,6 +67,32 @@ def test_graph_capture(mode: str, layout: str, target: Target) -> None:
             tensor.copy_(torch.randn(tensor.shape))
         graph.replay()
         assert torch.equal(result, fpn_kernels.upsample_add(top, lateral, mode=mode))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_captured_training_step(layout: str) -> None:
+    """PyTorch's own way to capture one, replayed on other maps: the gradients of the step that is not captured."""
+    channels, sizes = (64, 128, 256), ((50, 84), (25, 42), (13, 21))
+    network = fpn_kernels.FeaturePyramidNetwork(channels, 256).to("cuda", torch.bfloat16)
+    twin = copy.deepcopy(network)
+
+    def maps() -> list[torch.Tensor]:
+        made = [
+            random_map((1, c, *size), torch.bfloat16, "cuda", layout) for c, size in zip(channels, sizes, strict=True)
+        ]
+        return [each.requires_grad_() for each in made]
+
+    captured = torch.cuda.make_graphed_callables(network, (maps(),))
+    features = maps()
+    ours, theirs = (list(module(features)) for module in (captured, twin))
+    grads = [torch.randn_like(level) for level in ours]
+    for result, expected in zip(
+        (*ours, *torch.autograd.grad(ours, [*features, *network.parameters()], grads)),
+        (*theirs, *torch.autograd.grad(theirs, [*features, *twin.parameters()], grads)),
+        strict=True,
+    ):
+        # cuDNN may add up its gradients of a weight in another order.
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
