@@ -115,8 +115,8 @@ def test_torchvision_backbones_have_the_unfused_models_gradients(name: str) -> N
 def test_torchvision_training_step_is_the_unfused_models(name: str) -> None:
     """A detector's loss has steps (which proposals are kept, which bin a sample is in) that any rounding may cross.
 
-    What float32 itself makes of the gradients is measured against the same step in float64; from eager's float32 the
-    fused model may differ by a tenth of that.
+    What float32 itself makes of losses and gradients is measured against the same step in float64; from eager's float32
+    the fused model may differ by a tenth of that.
     """
     fused, model = _pair(name)
     exact = copy.deepcopy(model).double()
@@ -129,7 +129,8 @@ def test_torchvision_training_step_is_the_unfused_models(name: str) -> None:
         losses.append(each.train()([image.to(dtype)], [target]))
         sum(losses[-1].values()).backward()
     for part, want in losses[1].items():
-        torch.testing.assert_close(losses[0][part], want, rtol=1e-4, atol=1e-6)
+        bound = 1e-4 * want + 1e-6 + 0.1 * (want - losses[2][part]).abs()
+        assert (losses[0][part] - want).abs() <= bound, part
     actual, expected, truth = _gradients(fused), _gradients(model), _gradients(exact)
     assert len(expected) > 60 and actual.keys() == expected.keys()
     for parameter, want in expected.items():
