@@ -270,8 +270,12 @@ def test_wide_channels_get_long_tiles_and_strided_maps_more_threads() -> None:
 
 
 def test_small_levels_get_small_tiles() -> None:
-    large, small, narrow = (lateral_connection.TABLE["half", size] for size in ("large", "small", "narrow"))
+    large, medium, small, narrow = (
+        lateral_connection.TABLE["half", size] for size in ("large", "medium", "small", "narrow")
+    )
     assert lateral_connection.choose("half", 1, 64_000, 256, 132, 16, False) == large
+    assert lateral_connection.choose("half", 1, 4_000, 256, 132, 16, False) == medium
+    assert lateral_connection.choose("half", 1, 4_000, 256, 132, 2, False) == small
     assert lateral_connection.choose("half", 1, 1_000, 256, 132, 16, False) == small
     assert lateral_connection.choose("half", 8, 64_000, 10, 132, 16, False) == small
     assert lateral_connection.choose("half", 1, 64_000, 256, 132, 1, False) == narrow
