@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -56,13 +57,11 @@ def _dtype_of(arithmetic: str) -> torch.dtype:
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer that a launch allocates is NaN before it is written."""
 
-    def poisoned(shape: tuple[int, ...], like: Tensor, memory_format: torch.memory_format) -> Tensor:
-        out = torch.empty(shape, dtype=like.dtype, memory_format=memory_format)
-        return out.fill_(float("nan"))
+    def poisoned(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments, **keywords: plain(*arguments, **keywords).fill_(float("nan"))
 
-    monkeypatch.setattr(output_conv, "allocate", poisoned)
-    plain = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: plain(*a, **k).fill_(float("nan")))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(Tensor, name, poisoned(getattr(Tensor, name)))
 
 
 @interpreted
