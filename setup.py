@@ -341,6 +341,10 @@ class BuildNative(build_ext):
     def run(self) -> None:
         # setuptools builds elsewhere first, and copies what there is then.
         self.for_source_tree = bool(self.inplace)
+        if self.editable_mode:
+            # Not in a folder that is deleted afterwards: `build_ext --inplace` would compile it all once more.
+            system = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / f"temp.{system}")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

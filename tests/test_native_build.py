@@ -51,6 +51,13 @@ needs_tools = pytest.mark.skipif(
 )
 
 
+def _leave_nothing_to_compile(tree: pathlib.Path) -> None:
+    """But the declarations: for a library that is not loaded."""
+    for source in (tree / "csrc").rglob("*.cpp"):
+        if source.stem != "library":
+            source.write_text("")
+
+
 @needs_tools
 def test_a_build_computes_under_any_torch_and_a_second_one_has_nothing_to_do(tree: pathlib.Path) -> None:
     """With the kernels for CUDA where there is nvcc: no CUDA library is linked, so the CPU build of torch loads it."""
@@ -212,10 +219,7 @@ def test_a_build_whose_kernels_for_cuda_fail_goes_on_without_them(tree: pathlib.
     tools.mkdir(parents=True)
     (tools / "nvcc").write_text("#!/bin/sh\necho nvcc is broken on purpose >&2\nexit 1\n")
     (tools / "nvcc").chmod(0o755)
-    # All but the declarations are nothing to compile: the library is not loaded.
-    for source in (tree / "csrc").rglob("*.cpp"):
-        if source.stem != "library":
-            source.write_text("")
+    _leave_nothing_to_compile(tree)
     run = _build(
         tree, FORCE_CUDA="1", CUDA_HOME=str(tools.parent), TORCH_CUDA_ARCH_LIST="9.0a", CXXFLAGS="-O0", MAX_JOBS="2"
     )
@@ -223,3 +227,21 @@ def test_a_build_whose_kernels_for_cuda_fail_goes_on_without_them(tree: pathlib.
     assert "broken on purpose" in run.stdout + run.stderr
     assert "left out the kernels for CUDA: their build failed" in run.stderr
     assert (tree / "lib" / "fpn_kernels" / "_native.so").is_file()
+
+
+@needs_tools
+def test_what_an_editable_installation_built_is_not_built_again(tree: pathlib.Path) -> None:
+    """As `make build` does after it; by the hook that pip calls, for here nothing is to be installed."""
+    _leave_nothing_to_compile(tree)
+    flags = {"FORCE_CUDA": "0", "CXXFLAGS": "-O0"}
+    hook = "from setuptools.build_meta import build_editable; build_editable('.')"
+    subprocess.run([sys.executable, "-c", hook], cwd=tree, env={**os.environ, **flags}, check=True, timeout=280)
+    assert (tree / "fpn_kernels" / "_native.so").is_file()
+
+    def built() -> dict[pathlib.Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tree / "build").rglob("*.o")}
+
+    before = built()
+    again = _setup(tree, "build_ext", "--inplace", **flags)
+    assert again.returncode == 0, again.stderr
+    assert len(before) > 10 and built() == before
