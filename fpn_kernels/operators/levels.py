@@ -21,6 +21,21 @@ def by_level(biases: Sequence[Tensor], levels: Sequence[int], count: int) -> lis
     return placed
 
 
+def likeness(
+    operator: str,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    bias_levels: Sequence[int],
+    *options: object,
+) -> tuple[object, ...] | None:
+    """As `serving.likeness`, of a call over all levels; None where there is no level."""
+    if not features:
+        return None
+    counts = (len(features), len(weights), *bias_levels)
+    return serving.likeness_of(operator, (*features, *weights, *biases), (*counts, *options))
+
+
 def remember(key: tuple[object, ...] | None, prepared: list[serving.Prepared]) -> None:
     """What computes each level, where no backend has the operator as a whole."""
     if not any(level.transient for level in prepared):

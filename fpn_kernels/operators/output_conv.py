@@ -114,12 +114,13 @@ def _recorded(
     Where another backend would serve, it is eager all the same on maps of which the device would save less than the
     host loses.
     """
-    if not _may_be_atens(feature, weight):
+    if not may_be_atens(feature, weight):
         return None
     return recorded_by_aten(prepare(feature, weight, bias, memory_format), feature, weight, bias, memory_format)
 
 
-def _may_be_atens(feature: Tensor, weight: Tensor) -> bool:
+def may_be_atens(feature: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own node would keep nothing in vain, and compute gradients that are ATen's anyway."""
     return feature.requires_grad and weight.requires_grad and convolution.gradients_are_atens(feature.device.type)
 
 
@@ -130,8 +131,8 @@ def recorded_by_aten(
     bias: Tensor | None,
     memory_format: torch.memory_format | None,
 ) -> Tensor | None:
-    """As `_recorded`, of a call that has been prepared."""
-    if prepared.backend is None or not _may_be_atens(feature, weight):
+    """As `_recorded`, of a call that has been prepared and that `may_be_atens`."""
+    if prepared.backend is None:
         return None
     if prepared.backend != eager.BACKEND.name and _node_pays(feature):
         return None

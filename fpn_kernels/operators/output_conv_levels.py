@@ -26,9 +26,7 @@ def _kernel(
     *,
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
-    counts = (len(features), len(weights), *bias_levels)
-    tensors = (*features, *weights, *biases)
-    key = serving.likeness_of("output_conv_levels", tensors, (*counts, memory_format)) if features else None
+    key = levels.likeness("output_conv_levels", features, weights, biases, bias_levels, memory_format)
     known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
     placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
@@ -57,9 +55,7 @@ def _recorded(
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
     """A node of autograd's a level, which lets its maps go when it has been differentiated; one of all keeps them."""
-    counts = (len(features), len(weights), *bias_levels)
-    tensors = (*features, *weights, *biases)
-    key = serving.likeness_of("output_conv_levels, a node each", tensors, (*counts, memory_format))
+    key = levels.likeness("output_conv_levels, a node each", features, weights, biases, bias_levels, memory_format)
     known: list[serving.Prepared] | None = serving.recall(key)
     placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
@@ -68,7 +64,9 @@ def _recorded(
         levels.remember(key, known)
     results: list[Tensor] = []
     for prepared, feature, weight, bias in zip(known, features, weights, placed, strict=True):
-        result = output_conv.recorded_by_aten(prepared, feature, weight, bias, memory_format)
+        result: Tensor | None = None
+        if output_conv.may_be_atens(feature, weight):
+            result = output_conv.recorded_by_aten(prepared, feature, weight, bias, memory_format)
         if result is None:
             result = direct.DIFFERENTIABLE.output_conv(feature, weight, bias, memory_format=memory_format)
         results.append(result)

@@ -41,9 +41,7 @@ def _kernel(
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
     options = (mode, gain, memory_format)
-    counts = (len(features), len(weights), *bias_levels)
-    tensors = (*features, *weights, *biases)
-    key = serving.likeness_of("top_down_pathway", tensors, (*counts, *options)) if features else None
+    key = levels.likeness("top_down_pathway", features, weights, biases, bias_levels, *options)
     known: serving.Prepared | list[serving.Prepared] | None = serving.recall(key)
     placed = levels.by_level(biases, bias_levels, len(features))
     if known is None:
