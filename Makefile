@@ -25,8 +25,8 @@ export PYTEST_TIMEOUT ?= 300
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install --quiet --no-compile
 
-# Test processes side by side, where pytest-xdist is installed.
-WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS)" if u.find_spec("xdist") else "")')
+# Test processes side by side, where pytest-xdist is installed; one that has none left takes of those of another.
+WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS) --dist worksteal" if u.find_spec("xdist") else "")')
 
 # Other libraries, for the tests that run on them. torch's CUDA build runs on a CPU too. MMCV's pure Python build does.
 ECOSYSTEM_VENV ?= .venv-ecosystem

@@ -137,6 +137,21 @@ def _nothing_prepared() -> None:
 if INTERPRETED and triton.BACKEND.unavailable() is None:
     from triton.runtime import interpreter
 
+    def _call_of_a_function(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        """A kernel's call of a `triton.jit` function, which finds the interpreter's operations where a launch put them.
+
+        Triton puts them there once more at each such call: an eighth of the time of the pathway's tests.  But the
+        module that its own functions read (`tl.zeros`) is one that a launch leaves out; what is put there stays.
+        """
+        if interpreter.tl.core.is_builtin(interpreter.tl.core.load):
+            interpreter._patch_lang(interpreter.tl.zeros.fn)
+        try:
+            return self.rewrite()(*arguments, **keywords)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = _call_of_a_function  # type: ignore[method-assign]
+
     @pytest.fixture(autouse=True)
     def _overflow_checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whether the interpreter asks of every sum and product of integers if it overflows: half of all its time.

@@ -38,7 +38,7 @@ def _accesses(code: str, instruction: str) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("architecture", _BUILD.ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS)
 def test_machine_code(source: str, architecture: str, tmp_path: pathlib.Path) -> None:

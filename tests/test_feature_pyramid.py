@@ -285,6 +285,7 @@ def test_copies_are_whole_and_their_own(clone: Callable[[nn.Module], nn.Module])
     assert_same(network(x), before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm_layer", [None, nn.BatchNorm2d, group_norm])
 def test_compiles_without_a_graph_break_and_exports(norm_layer: Any) -> None:
     network, twin = pair(norm_layer)

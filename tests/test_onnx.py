@@ -64,6 +64,7 @@ def test_the_same_pyramid(mode: str, fuse_type: str, dtype: torch.dtype, session
     assert_pyramid(session(_export(neck, (features,)))(*features), neck, features)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_dynamic_batch_and_sizes(mode: str, session: Any) -> None:
     neck = exporting.neck(mode=mode)

@@ -31,6 +31,7 @@ def _inputs(
     return features, weights, [torch.randn(COUT, device=device).to(dtype) for _ in CHANNELS]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
 @pytest.mark.parametrize("has_biases", [False, True])
 def test_equals_chained_lateral_connections(has_biases: bool, mode: str, target: Target) -> None:
@@ -94,6 +95,7 @@ def test_a_merged_gradient_is_summed_where_it_is_gathered() -> None:
     assert not [name for name in operations.names if name.startswith("aten::add")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("used", [(0,), (1,), (3,), (0, 2), (1, 2, 3)], ids=str)
 def test_a_level_that_nobody_uses_has_no_gradient_of_its_own(used: tuple[int, ...], target: Target) -> None:
     features, weights, biases = _inputs(device=target.device)
@@ -109,6 +111,7 @@ def test_a_level_that_nobody_uses_has_no_gradient_of_its_own(used: tuple[int, ..
             assert oracle.error(result, twin.double().cpu()) <= 1e-5
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wanted", ["features[3]", "weights[2]", "biases[0]", "biases[3]", "features[0]"])
 def test_one_gradient_alone(wanted: str, target: Target) -> None:
     features, weights, biases = _inputs(device=target.device)

@@ -61,7 +61,7 @@ def _machine_code(compiled: Any, capability: int, directory: Path) -> str:
     return code
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("capability", CHIPS, ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize("description", VARIANTS)
 def test_machine_code(description: str, capability: int, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def _launch_everything(dtype: torch.dtype, layout: torch.memory_format, channels
         output_conv.output_conv_levels([lateral, top], [kernel, kernel], [None, None], None)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("mode", resampling.MODES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_int64_offsets_where_any_tensor_reaches_beyond_int32() -> None:
 def test_every_fine_pixel_is_gathered_once_and_by_its_own_source(mode: str) -> None:
     """Integers, summed exactly: the ranges must invert the forward's float32 indices at uneven pairs too."""
     pairs = [(30, 58), (98, 194), (116, 230), (113, 225), (75, 150), (7, 7), (9, 4), (1, 50), (64, 1000), (999, 1000)]
-    pairs += [(random.randint(1, 150), random.randint(1, 300)) for _ in range(20)]
+    pairs += [(random.randint(1, 150), random.randint(1, 300)) for _ in range(8)]
     # Here the estimate of a range's start is two pixels short (found by search).
     pairs.append((15991, 16069) if mode == "nearest" else (5779, 9777))
     for in_size, out_size in pairs:
@@ -242,8 +242,8 @@ def test_longest_window_is_exact(mode: str) -> None:
 @interpreted
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_backward_repeats_bit_for_bit(layout: str) -> None:
-    grad = random_map((2, 6, 20, 18), torch.float32, layout=layout)
-    for mode, size in itertools.product(resampling.MODES, [(10, 9), (7, 8), (2, 1)]):
+    grad = random_map((2, 6, 10, 8), torch.float32, layout=layout)
+    for mode, size in itertools.product(resampling.MODES, [(5, 4), (4, 7), (2, 1)]):
         first, second = (merge_backward.merge_backward(grad, size, None, mode, 0.3) for _ in range(2))
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 

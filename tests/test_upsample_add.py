@@ -81,6 +81,7 @@ def test_any_strides(layouts: tuple[str, str], mode: str, target: Target) -> Non
     assert torch.equal(top, before[0]) and torch.equal(lateral, before[1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "misaligned", "expanded", "sliced-nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
@@ -235,6 +236,7 @@ def test_a_bad_size_of_the_gradient_is_named(top_size: tuple[int, ...]) -> None:
         torch.ops.fpn_kernels.upsample_add_backward(torch.ones(1, 1, 4, 4), top_size)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_with_symbolic_sizes(mode: str, target: Target) -> None:
     torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function

@@ -29,6 +29,7 @@ from fpn_kernels import reference
 from fpn_kernels.backends.selection import record_calls
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("node", NODES)
@@ -66,6 +67,7 @@ def test_gradients(node: str, dtype: torch.dtype, target: Target) -> None:
         assert float((of_weights.double().cpu() - of_leaf).abs().max()) <= allowed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4))[1:], ids=str)
 def test_only_the_gradients_asked_for_are_computed(wanted: tuple[bool, ...], target: Target) -> None:
     inputs = maps("a coarse map last", UNEVEN, torch.float32, target.device)

@@ -63,6 +63,7 @@ def test_bad_options_of_the_module_are_named() -> None:
     assert repr(fpn_kernels.WeightedMerge(3)) == "WeightedMerge(3, normalization='relu', eps=0.0001, mode='nearest')"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("node", ["a top-down node", "a bottom-up node", "a coarse map in the middle"])
 def test_compile_with_symbolic_sizes(node: str, target: Target) -> None:
     torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function
