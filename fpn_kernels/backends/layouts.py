@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-# Whose sizes are numbers; another subclass's may be symbols, which are not to be compared.
-_PLAIN = (Tensor, torch.nn.Parameter)
+from fpn_kernels import compatibility
 
-# torch 2.10's says otherwise where two strides are 1, as a map of one pixel may have them.  What is traced goes by it,
-# so there everything does.
-_SAID_BY_NUMBERS = (
-    suggest_memory_format(torch.empty_strided((2, 3, 1, 1), (3, 1, 3, 1), device="meta")) == torch.contiguous_format
-)
+# Whose sizes are numbers; another subclass's may be symbols, which are not to be compared.  In torch 2.10 none: there
+# `suggest_memory_format`, which what is traced goes by, says otherwise where two strides are 1 (a map of one pixel).
+_PLAIN = () if compatibility.older_than((2, 11)) else (Tensor, torch.nn.Parameter)
 
 
 def result_format(tensor: Tensor) -> torch.memory_format:
@@ -24,7 +21,7 @@ def result_format(tensor: Tensor) -> torch.memory_format:
     Slices of an NHWC map count as NHWC; any other order of dimensions (a transposed map, an expanded one) counts
     as NCHW.
     """
-    if _SAID_BY_NUMBERS and type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.dim() == 4:
+    if type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.dim() == 4:
         return torch.channels_last if _say_nhwc(tensor.shape, tensor.stride()) else torch.contiguous_format
     return suggest_memory_format(tensor)
 
