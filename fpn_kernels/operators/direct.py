@@ -31,6 +31,16 @@ _TYPES = frozenset((Tensor, torch.nn.Parameter))
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
+def is_watched() -> bool:
+    """Whether a functorch transform, a level of forward-mode AD or a TorchScript tracer is active in this thread.
+
+    Each of them has to see standard PyTorch operators: then a call is composed of those (`decompositions`), and a
+    fused module runs the forward of its own class.
+    """
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
 def _set(*names: str) -> int:
     """The dispatcher's keys by these names, as a number with a bit for each."""
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
