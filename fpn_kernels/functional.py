@@ -1,20 +1,38 @@
 """The public functions: arguments, promises, and the operator that each one calls.
 
 Shapes, dtypes and devices are checked by the operators (`operators/checks.py`), after autocast has cast what it
-casts; the types of the arguments, which the dispatcher would report in its own words, are checked here.
+casts; the types of the arguments, which the dispatcher would report in its own words, are checked here.  What is no
+tensor but stands for one (`__torch_function__`: a proxy of `torch.fx`, a subclass, a mode) is given the call first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fpn_kernels import diagnostics
 from fpn_kernels.backends import convolution, selection
-from fpn_kernels.operators import checks, decompositions, direct
+from fpn_kernels.operators import checks, direct
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _overridden(function: Callable[_P, _R], tensors: Iterable[Any], *arguments: _P.args, **options: _P.kwargs) -> _R:
+    """The call as the `__torch_function__` of one of its tensors, or of a mode, makes it."""
+    # In torch's stubs its signature has no room for the arguments that it passes on.
+    handle: Any = torch.overrides.handle_torch_function
+    result: _R = handle(function, tensors, *arguments, **options)
+    return result
+
+
+def _flat(*values: object) -> tuple[object, ...]:
+    """The elements of lists and tuples, and the other values."""
+    return tuple(each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def _require_tensor(name: str, value: object, *, optional: bool = False) -> None:
@@ -36,13 +54,6 @@ def _require_memory_format(memory_format: object) -> None:
     if not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
     checks.check_memory_format(memory_format)
-
-
-def _operators(*tensors: Tensor | None) -> Any:
-    """Where to look up the operator of a call: while `torch.onnx.export` traces, ONNX knows only standard ones."""
-    # In this order: the first test takes 0.02 us, the second 1.
-    tracing = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return decompositions if tracing else direct.operators(*tensors)
 
 
 def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
@@ -78,10 +89,12 @@ def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: f
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, figure 3; the resize is `torch.nn.functional.interpolate`'s.
     """
+    if has_torch_function((top, lateral)):
+        return _overridden(upsample_add, (top, lateral), top, lateral, mode=mode, gain=gain)
     _require_tensor("top", top)
     _require_tensor("lateral", lateral)
     _require_options(mode, gain)
-    result: Tensor = _operators(top, lateral).upsample_add(top, lateral, mode=mode, gain=float(gain))
+    result: Tensor = direct.operators(top, lateral).upsample_add(top, lateral, mode=mode, gain=float(gain))
     return result
 
 
@@ -132,13 +145,22 @@ def lateral_connection(
         Feature Pyramid Networks, arXiv 1612.03144, figure 3; `torch.nn.functional.conv2d` and
         `torch.nn.functional.interpolate`.
     """
+    if has_torch_function((feature, weight, bias, top)):
+        return _overridden(
+            lateral_connection,
+            (feature, weight, bias, top),
+            *(feature, weight, bias, top),
+            mode=mode,
+            gain=gain,
+            memory_format=memory_format,
+        )
     _require_tensor("feature", feature)
     _require_tensor("weight", weight)
     _require_tensor("bias", bias, optional=True)
     _require_tensor("top", top, optional=True)
     _require_options(mode, gain)
     _require_memory_format(memory_format)
-    result: Tensor = _operators(feature, weight, bias, top).lateral_connection(
+    result: Tensor = direct.operators(feature, weight, bias, top).lateral_connection(
         feature, weight, bias, top, mode=mode, gain=float(gain), memory_format=memory_format
     )
     return result
@@ -182,11 +204,16 @@ def output_conv(
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3; `torch.nn.functional.conv2d`.
     """
+    if has_torch_function((feature, weight, bias)):
+        tensors = (feature, weight, bias)
+        return _overridden(output_conv, tensors, feature, weight, bias, memory_format=memory_format)
     _require_tensor("feature", feature)
     _require_tensor("weight", weight)
     _require_tensor("bias", bias, optional=True)
     _require_memory_format(memory_format)
-    result: Tensor = _operators(feature, weight, bias).output_conv(feature, weight, bias, memory_format=memory_format)
+    result: Tensor = direct.operators(feature, weight, bias).output_conv(
+        feature, weight, bias, memory_format=memory_format
+    )
     return result
 
 
@@ -216,11 +243,14 @@ def output_conv_levels(
         TypeError: an argument is of the wrong type or dtype (the message names the level).
         ValueError: a shape, a device or `memory_format` does not fit; or a forced backend cannot serve a level.
     """
+    tensors = _flat(features, weights, biases)
+    if has_torch_function(tensors):
+        return _overridden(output_conv_levels, tensors, features, weights, biases, memory_format=memory_format)
     _require_memory_format(memory_format)
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    operators = _operators(*features, *weights, *given)
+    operators = direct.operators(*features, *weights, *given)
     # The dispatcher would make one node of all levels.
     dispatched = operators is torch.ops.fpn_kernels and len(features) == len(weights)
     if dispatched and _is_recorded(*features, *weights, *given):
@@ -278,9 +308,9 @@ _output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     """The map itself where it has the layout (NCHW or NHWC), else a copy in that layout.  Differentiable twice."""
-    if source.is_contiguous(memory_format=memory_format):
-        return source
-    result: Tensor = _operators(source).reorder(source, memory_format=memory_format)
+    if direct.is_watched() or source.is_contiguous(memory_format=memory_format):
+        return source  # vmap cannot tell the layout
+    result: Tensor = direct.operators(source).reorder(source, memory_format=memory_format)
     return result
 
 
@@ -343,12 +373,17 @@ def top_down_pathway(
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3.
     """
+    tensors = _flat(features, weights, biases)
+    if has_torch_function(tensors):
+        return _overridden(
+            top_down_pathway, tensors, features, weights, biases, mode=mode, gain=gain, memory_format=memory_format
+        )
     _require_options(mode, gain)
     _require_memory_format(memory_format)
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    merged: list[Tensor] = _operators(*features, *weights, *given).top_down_pathway(
+    merged: list[Tensor] = direct.operators(*features, *weights, *given).top_down_pathway(
         list(features),
         list(weights),
         given,
@@ -405,6 +440,9 @@ def weighted_merge(
     Source:
         EfficientDet, arXiv 1911.09070, section 3.3.
     """
+    tensors = _flat(inputs, weights)
+    if has_torch_function(tensors):
+        return _overridden(weighted_merge, tensors, inputs, weights, normalization=normalization, eps=eps, mode=mode)
     _require_levels("inputs", inputs)
     if len(inputs) not in (2, 3):
         raise ValueError(f"inputs: expected two or three maps, got {len(inputs)}")
@@ -413,11 +451,8 @@ def weighted_merge(
     _require_tensor("weights", weights)
     checks.check_normalization(normalization, eps)
     _require_options(mode, 1.0)
-    checks.check_weights("weights", weights, len(inputs))
-    if weights.device != inputs[0].device:
-        raise ValueError(f"weights: expected the device of inputs[0], {inputs[0].device}, got {weights.device}")
     third = inputs[2] if len(inputs) == 3 else None
-    result: Tensor = _operators(*inputs, weights).weighted_merge(
+    result: Tensor = direct.operators(*inputs, weights).weighted_merge(
         inputs[0], inputs[1], third, weights, mode=mode, normalization=normalization, eps=float(eps)
     )
     return result

@@ -277,11 +277,3 @@ def test_the_same_graph_twice() -> None:
 def test_a_torch_that_cannot_be_asked_is_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_dispatch_keys")
     assert direct._questions()(_maps()) is None
-
-
-def test_forward_mode_is_refused_not_dropped() -> None:
-    top, lateral = _maps()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(top.requires_grad_(), torch.ones_like(top))
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            fpn_kernels.upsample_add(dual, lateral)

@@ -333,3 +333,14 @@ def test_a_pathway_is_prepared_once_and_checked_whole(monkeypatch: pytest.Monkey
     torch.testing.assert_close(upper[1], first[1] + bias.view(1, 2, 1, 1))
     torch.testing.assert_close(lower[1], first[1])
     assert len(asked) == 4
+
+
+def test_a_valid_call_lends_its_plan_to_no_other(target: Target) -> None:
+    """A weight `[8, 4, 3, 3]` is no 1x1 weight of 36 channels, though it has as many numbers in the same order."""
+    feature, taps = random_map((1, 36, 5, 6), torch.float32, target.device), torch.randn(8, 4, 3, 3)
+    taps = taps.to(target.device)
+    with fpn_kernels.use_backend(target.backend):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"weight: expected the shape \[Cout, 36, 1, 1\] or \[Cout, 36\]"):
+                fpn_kernels.lateral_connection(feature, taps)
+            fpn_kernels.lateral_connection(feature, taps.flatten(1))

@@ -254,7 +254,7 @@ BAD = {
     "count of weights": (lambda x, w: (x, w[:1]), {}, ValueError, r"weights: expected the shape \[2\].*got \[1\]"),
     "rank of weights": (lambda x, w: (x, w[None]), {}, ValueError, r"weights: expected the shape \[2\].*got \[1, 2\]"),
     "dtype of weights": (lambda x, w: (x, w.long()), {}, TypeError, "weights: expected a floating-point tensor, got"),
-    "device of weights": (lambda x, w: (x, w.to("meta")), {}, ValueError, "weights: expected the device of inputs"),
+    "device of weights": (lambda x, w: (x, w.to("meta")), {}, ValueError, "weights: expected the device of the maps"),
     "normalization": (
         lambda x, w: (x, w),
         {"normalization": "sum"},

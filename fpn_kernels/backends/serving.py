@@ -145,20 +145,41 @@ class together:  # noqa: N801 - used like torch.no_grad, hence named like it
         self._made.append(prepared)
 
 
-def prepare(operator: str, *arguments: Any, check: Callable[..., None], empty: Callable[..., Any]) -> Prepared:
-    """What computes a call and all calls like it; the arguments are those of `call`."""
+def _as_given(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
+
+
+def prepare(
+    operator: str,
+    *arguments: Any,
+    check: Callable[..., None],
+    empty: Callable[..., Any],
+    adapt: Callable[..., tuple[Any, ...]] = _as_given,
+) -> Prepared:
+    """What computes a call and all calls like it.
+
+    Args:
+        operator: its name.
+        *arguments: the operator's, as they came: calls that differ in them share nothing.
+        check, empty: as in `call`.
+        adapt: makes what a backend is given of the arguments.
+    """
     calls = _open.calls
     if calls is None:
-        return _prepared(operator, arguments, check, empty)
+        return _prepared(operator, arguments, check, empty, adapt)
     prepared = calls.next(operator)
     if prepared is None:
-        prepared = _prepared(operator, arguments, check, empty)
+        prepared = _prepared(operator, arguments, check, empty, adapt)
         calls.add(prepared)
     return prepared
 
 
 def _prepared(
-    operator: str, arguments: tuple[Any, ...], check: Callable[..., None], empty: Callable[..., Any]
+    operator: str,
+    arguments: tuple[Any, ...],
+    check: Callable[..., None],
+    empty: Callable[..., Any],
+    adapt: Callable[..., tuple[Any, ...]],
 ) -> Prepared:
     key = likeness(operator, arguments)
     known: Prepared | None = recall(key)
@@ -167,8 +188,9 @@ def _prepared(
     check(*arguments)
     if arguments[0].numel() == 0:
         return Prepared(operator, None, empty)
-    backend, explanation = selection.select(operator, arguments)
-    return _given_to(backend, explanation, key, operator, arguments)
+    adapted = adapt(*arguments)
+    backend, explanation = selection.select(operator, adapted)
+    return _given_to(backend, explanation, key, operator, adapted)
 
 
 def prepare_whole(key: tuple[Any, ...] | None, operator: str, *arguments: Any, composition: str) -> Prepared | None:

@@ -2,6 +2,7 @@
 
 from fpn_kernels.operators import (
     channel_sums,
+    decompositions,
     lateral_connection,
     merge_backward,
     output_conv,
@@ -17,6 +18,7 @@ from fpn_kernels.operators import (
 
 __all__ = [
     "channel_sums",
+    "decompositions",
     "lateral_connection",
     "merge_backward",
     "output_conv",

@@ -1,4 +1,5 @@
-"""Each operator in standard ones, for what runs without this library: ONNX, AOTInductor, a saved program.
+"""Each operator in standard ones: for what runs without this library (ONNX, AOTInductor, a saved program), and for
+what has to see standard operators (`direct.is_watched`: functorch, forward-mode AD, the TorchScript tracer).
 
 The nearest resize is ATen's own (ONNX: Resize, asymmetric and floor) where the sizes are known and every way to
 compute the index agrees, which they do at the ratio 2.  Elsewhere it reads by an index that is computed in the graph
@@ -18,17 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import resampling
-from fpn_kernels.backends.eager import normalized
-from fpn_kernels.backends.layouts import requested_format, result_format
-from fpn_kernels.operators import registration
+from fpn_kernels.backends import convolution
+from fpn_kernels.backends.eager import inner_product, normalized, scaled, sum_per_channel
+from fpn_kernels.backends.layouts import requested_format
+from fpn_kernels.operators import direct, registration
 from fpn_kernels.operators.checks import (
+    check_adjoint,
     check_lateral_connection,
+    check_map,
     check_output_conv,
+    check_output_conv_backward_weight,
     check_output_conv_levels,
     check_pathway,
     check_reorder,
     check_upsample_add,
     check_weighted_merge,
+    check_weighted_merge_backward,
     sum_dtype,
 )
 from fpn_kernels.operators.levels import by_level
@@ -36,13 +42,33 @@ from fpn_kernels.operators.levels import by_level
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def _check(check: Callable[..., None], *arguments: Any) -> None:
+    """Checks a call, but for a tracer: it would record each comparison of sizes, and PyTorch's own operators check."""
+    if not direct.is_tracing():
+        check(*arguments)
+
+
+def _laid_out(result: Tensor, like: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+    """The result in the layout asked for; where the call is watched, layouts are left to PyTorch's operators."""
+    if direct.is_watched():
+        return result
+    return result.contiguous(memory_format=requested_format(like, memory_format))
+
+
+def _number(size: Any, device: torch.device) -> Tensor:
+    """A size as a float32 tensor of the graph; of a traced call it is a tensor already."""
+    if isinstance(size, Tensor):
+        return size.to(device=device, dtype=torch.float32)
+    return torch.full((), size, dtype=torch.float32, device=device)
+
+
 def _source_index(in_size: int, out_size: int, mode: str, device: torch.device) -> Tensor:
     """`resampling.source_index` for sizes that may be symbolic: the ratio is a float32 tensor of the graph."""
-    destination = torch.arange(out_size, device=device).to(torch.float32)
+    destination = torch.arange(out_size, dtype=torch.int64, device=device).to(torch.float32)
     if mode == "nearest-exact":
         destination = destination + 0.5
-    before, after = (torch.full((), size, dtype=torch.float32, device=device) for size in (in_size, out_size))
-    return (destination * (before / after)).floor().to(torch.int64).clamp(max=in_size - 1)
+    ratio = _number(in_size, device) / _number(out_size, device)
+    return (destination * ratio).floor().to(torch.int64).clamp(max=in_size - 1)
 
 
 def _resize_along(top: Tensor, dim: int, out_size: int, mode: str) -> Tensor:
@@ -55,6 +81,8 @@ def _resize_along(top: Tensor, dim: int, out_size: int, mode: str) -> Tensor:
 def _resize(top: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     if mode == "bilinear":
         return F.interpolate(top, size=size, mode=mode, align_corners=False)
+    if direct.is_tracing() and not torch.onnx.is_in_onnx_export():
+        return F.interpolate(top, size=size, mode=mode)  # what tracing eager PyTorch records
     pairs = list(zip(top.shape[2:], size, strict=True))
     # Symbolic sizes are not compared: that would fix the program to the sizes it was traced with.
     static = all(type(in_size) is int and type(out_size) is int for in_size, out_size in pairs)
@@ -94,8 +122,8 @@ def _after_autocast(run: Callable[..., Any], maps: int | None = None) -> Callabl
 
 @_after_autocast
 def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
-    check_upsample_add(top, lateral, mode)
-    return _merge(top, lateral, mode, gain).contiguous(memory_format=result_format(lateral))
+    _check(check_upsample_add, top, lateral, mode)
+    return _laid_out(_merge(top, lateral, mode, gain), lateral)
 
 
 @_after_autocast
@@ -109,12 +137,12 @@ def lateral_connection(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    check_lateral_connection(feature, weight, bias, top, mode, memory_format)
+    _check(check_lateral_connection, feature, weight, bias, top, mode, memory_format)
     kernel = weight if weight.dim() == 4 else weight[:, :, None, None]
     merged = F.conv2d(feature, kernel, bias)
     if top is not None:
         merged = _merge(top, merged, mode, gain)
-    return merged.contiguous(memory_format=requested_format(feature, memory_format))
+    return _laid_out(merged, feature, memory_format)
 
 
 @_after_autocast
@@ -129,7 +157,7 @@ def top_down_pathway(
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
     placed = by_level(biases, bias_levels, len(features))
-    check_pathway(features, weights, placed, mode, memory_format)
+    _check(check_pathway, features, weights, placed, mode, memory_format)
     merged: list[Tensor] = []
     top: Tensor | None = None
     for feature, weight, placed_bias in zip(reversed(features), reversed(weights), reversed(placed), strict=True):
@@ -142,9 +170,8 @@ def top_down_pathway(
 def output_conv(
     feature: Tensor, weight: Tensor, bias: Tensor | None, *, memory_format: torch.memory_format | None = None
 ) -> Tensor:
-    check_output_conv(feature, weight, bias, memory_format)
-    result = F.conv2d(feature, weight, bias, padding=1)
-    return result.contiguous(memory_format=requested_format(feature, memory_format))
+    _check(check_output_conv, feature, weight, bias, memory_format)
+    return _laid_out(F.conv2d(feature, weight, bias, padding=1), feature, memory_format)
 
 
 @_after_autocast
@@ -157,13 +184,13 @@ def output_conv_levels(
     memory_format: torch.memory_format | None = None,
 ) -> list[Tensor]:
     placed = by_level(biases, bias_levels, len(features))
-    check_output_conv_levels(features, weights, placed, memory_format)
+    _check(check_output_conv_levels, features, weights, placed, memory_format)
     return [output_conv(*level, memory_format=memory_format) for level in zip(features, weights, placed, strict=True)]
 
 
 def reorder(source: Tensor, *, memory_format: torch.memory_format) -> Tensor:
-    check_reorder(source, memory_format)
-    return source.clone(memory_format=memory_format)
+    _check(check_reorder, source, memory_format)
+    return source.clone() if direct.is_watched() else source.clone(memory_format=memory_format)
 
 
 def _weighted_merge(
@@ -177,17 +204,68 @@ def _weighted_merge(
     eps: float = 0.0,
 ) -> Tensor:
     maps = (first, second) if third is None else (first, second, third)
-    check_weighted_merge(maps, weights, mode, normalization, eps)
+    _check(check_weighted_merge, maps, weights, mode, normalization, eps)
     size, dtype = (first.shape[2], first.shape[3]), sum_dtype(first)
     factors = normalized(weights, first, normalization, eps)
     total = factors[0] * first.to(dtype)
     for index, other in enumerate(maps[1:], start=1):
         total = total + factors[index] * _resize(other.to(dtype), size, mode)
-    return total.to(first.dtype).contiguous(memory_format=result_format(first))
+    return _laid_out(total.to(first.dtype), first)
 
 
 # The weights keep their dtype under autocast.
 weighted_merge = _after_autocast(_weighted_merge, maps=3)
+
+
+def _adjoint_along(grad: Tensor, dim: int, in_size: int, mode: str) -> Tensor:
+    index = _source_index(in_size, grad.shape[dim], mode, grad.device)
+    shape = [in_size if axis == dim else size for axis, size in enumerate(grad.shape)]
+    return grad.new_zeros(shape).index_add(dim, index, grad)
+
+
+def upsample_add_backward(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
+    _check(check_adjoint, grad, top_size, mode)
+    wide = grad.to(sum_dtype(grad)) * gain
+    if mode == "bilinear":
+        shape = [*grad.shape[:2], *top_size]
+        result = torch.ops.aten.upsample_bilinear2d_backward.default(wide, grad.shape[2:], shape, False)
+    else:
+        result = _adjoint_along(_adjoint_along(wide, 2, top_size[0], mode), 3, top_size[1], mode)
+    return _laid_out(result.to(grad.dtype), grad)
+
+
+def merge_backward(
+    grad: Tensor, top_size: Sequence[int], own: Tensor | None, *, mode: str = "nearest", gain: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    _check(check_adjoint, grad, top_size, mode, own)
+    grad_top = upsample_add_backward(grad, top_size, mode=mode, gain=gain)
+    return grad_top if own is None else grad_top + own, sum_per_channel(grad, gain)
+
+
+def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    _check(check_weighted_merge_backward, grad, input, factor)
+    return _laid_out(scaled(grad, factor), grad), inner_product(grad, input)
+
+
+def output_conv_backward_weight(
+    grad: Tensor, feature: Tensor, *, wants_bias: bool = True, memory_format: torch.memory_format | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(check_output_conv_backward_weight, grad, feature, memory_format)
+    _, of_weight, of_bias = convolution.gradients(grad, feature, None, wants_bias)
+    return of_weight, grad.new_empty(0) if of_bias is None else of_bias
+
+
+def channel_sums(source: Tensor) -> Tensor:
+    _check(check_map, "source", source)
+    return sum_per_channel(source, 1.0)
+
+
+for _form in (
+    *(upsample_add, upsample_add_backward, merge_backward, lateral_connection, top_down_pathway),
+    *(output_conv, output_conv_levels, output_conv_backward_weight, channel_sums, reorder),
+    *(weighted_merge, weighted_merge_backward),
+):
+    setattr(direct.STANDARD, _form.__name__.removeprefix("_"), _form)
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
@@ -220,12 +298,6 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
         ```
     """
     operators = torch.ops.fpn_kernels
-    return {
-        operators.upsample_add.default: upsample_add,
-        operators.lateral_connection.default: lateral_connection,
-        operators.output_conv.default: output_conv,
-        operators.output_conv_levels.default: output_conv_levels,
-        operators.reorder.default: reorder,
-        operators.top_down_pathway.default: top_down_pathway,
-        operators.weighted_merge.default: weighted_merge,
-    }
+    forward = (upsample_add, lateral_connection, output_conv, output_conv_levels, reorder, top_down_pathway)
+    table = {getattr(operators, form.__name__).default: form for form in forward}
+    return {**table, operators.weighted_merge.default: weighted_merge}

@@ -10,10 +10,12 @@ compiler, a tracer, a transform, a mode, autocast or a profiler may have a say, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,12 +25,32 @@ from torch.autograd import forward_ad
 # By the operators' names; filled by `registration`.
 KERNELS = types.SimpleNamespace()
 DIFFERENTIABLE = types.SimpleNamespace()
-# The same with what they are given cast as autocast does it, by the type of the device.
+# Each composed of PyTorch's own; filled by `decompositions`.
+STANDARD = types.SimpleNamespace()
+# The first two with what they are given cast as autocast does it, by the type of the device.
 KERNELS_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 DIFFERENTIABLE_OF_CAST = {"cpu": types.SimpleNamespace(), "cuda": types.SimpleNamespace()}
 
+
+def _autocast_keys() -> dict[str, Any]:
+    """The dispatch key of autocast by the type of the device, wherever it casts PyTorch's own convolution."""
+    casts = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")]
+    return {
+        name.removeprefix("Autocast").lower(): torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+        for name in names
+        if casts("aten::conv2d", name)
+    }
+
+
+AUTOCAST_KEYS = _autocast_keys()
+_AS_IT_IS = contextlib.nullcontext()
+
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def is_watched() -> bool:
@@ -38,7 +60,20 @@ def is_watched() -> bool:
     fused module runs the forward of its own class.
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
-    return transformed or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return transformed or forward_ad._current_level >= 0 or is_tracing()
+
+
+def without_autocast(tensors: Iterable[Tensor | None]) -> AbstractContextManager[Any]:
+    """A block in which the device of these tensors has no autocast.
+
+    What an operator computes has been cast already, and its gradient runs as its forward did, whatever region
+    ``backward()`` is called in.
+    """
+    device_type = next((tensor.device.type for tensor in tensors if tensor is not None), "")
+    if device_type not in AUTOCAST_KEYS or not torch.is_autocast_enabled(device_type):
+        return _AS_IT_IS
+    guard: AbstractContextManager[Any] = torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS[device_type])
+    return guard
 
 
 def _set(*names: str) -> int:
@@ -51,6 +86,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
     """Says whether the kernel, or autograd and the kernel, are all that there is to call; where torch tells."""
     try:
         included, keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys  # type: ignore[attr-defined]
+        excluded = torch._C._dispatch_tls_local_exclude_set  # type: ignore[attr-defined]
         number_of = torch._C.DispatchKeySet.raw_repr
         function_modes = torch._C._len_torch_function_stack
         profiling = torch._C._autograd._profiler_enabled
@@ -59,6 +95,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
         other_modes = ~_set("BackendSelect", "ADInplaceOrView")
         devices = [f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")]
         other_tensors = ~_set("ADInplaceOrView", *devices)
+        autograd = _set("AutogradOther")
     except (AttributeError, TypeError):
         return lambda tensors: None
 
@@ -75,6 +112,8 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
             if keys & other_tensors:
                 return None
         asked = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
+        # Below autograd (inside another library's operator, say) nothing is recorded, whatever the flags say.
+        asked = asked and not excluded().raw_repr() & autograd
         device_type = first.device.type
         if torch.is_autocast_enabled(device_type):
             return (DIFFERENTIABLE_OF_CAST if asked else KERNELS_OF_CAST)[device_type]
@@ -88,8 +127,14 @@ _straight = _questions()
 
 def operators(*tensors: Tensor | None) -> Any:
     """Where to look up the operator for a call with these tensors, of which the first, if any, is not None."""
-    way = None if torch.compiler.is_compiling() else _straight(tensors)
-    return torch.ops.fpn_kernels if way is None else way
+    if torch.compiler.is_compiling():
+        # ONNX knows only standard operators.
+        to_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        return STANDARD if to_onnx else torch.ops.fpn_kernels
+    straight = _straight(tensors)
+    if straight is not None:
+        return straight
+    return STANDARD if is_watched() else torch.ops.fpn_kernels
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
@@ -97,28 +142,47 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 
 
 def _nested(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
-    """What `_flat` made flat; `counts` has the length of a list, and None for what is none."""
+    """The inverse of `_flat`; `counts` has the length of each list, and None for what is no list."""
     values = iter(flat)
     return [next(values) if count is None else [next(values) for _ in range(count)] for count in counts]
 
 
-def differentiable(
-    name: str,
-    kernel: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    recorded: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """The operator as an `autograd.Function`, of what `torch.library.register_autograd` is given.
+class _Context:
+    """Autograd's context as a formula reads it: its flags have the structure of the operator's arguments.
 
-    Lists of tensors are handed to autograd one by one, and put together again for the formula.  `recorded` is as in
-    `registration.differentiable`.
+    The context itself is not changed: several threads may run one node's backward at a time.
     """
-    defaults = kernel.__kwdefaults__ or {}
-    has_keywords = kernel.__code__.co_kwonlyargcount > 0
+
+    __slots__ = ("_context", "needs_input_grad")
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.needs_input_grad = _nested(context.needs_input_grad[:-3], context.counts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def differentiable(
+    name: str, signature: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The operator as an `autograd.Function`.
+
+    Args:
+        name: the operator's name.
+        signature: any function with its keyword arguments and their defaults.
+        backward, setup_context: as for `torch.library.register_autograd`.
+
+    Returns:
+        A function of a kernel, which computes the operator below autograd, and the operator's arguments.  Lists of
+        tensors are passed to autograd one by one.
+    """
+
+    defaults = signature.__kwdefaults__ or {}
+    has_keywords = signature.__code__.co_kwonlyargcount > 0
 
     def forward(ctx: Any, *values: Any) -> Any:
-        *flat, keywords, counts = values
+        *flat, kernel, keywords, counts = values
         inputs = _nested(flat, counts)
         output = kernel(*inputs, **keywords)
         ctx.counts = counts
@@ -130,30 +194,20 @@ def differentiable(
         return tuple(output) if ctx.lists else output
 
     def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        flags = ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(flags[:-2], ctx.counts)
-        try:
-            listed = backward(ctx, grads) if ctx.lists else backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = flags
+        with without_autocast(grads):
+            listed = backward(_Context(ctx), grads) if ctx.lists else backward(_Context(ctx), *grads)
         each = zip(listed if isinstance(listed, tuple) else (listed,), ctx.counts, strict=True)
         # A list of numbers has no gradients: None for all of it.
-        return (
-            *_flat([None] * count if grad is None and count is not None else grad for grad, count in each),
-            None,
-            None,
-        )
+        flat = _flat([None] * count if grad is None and count is not None else grad for grad, count in each)
+        return (*flat, None, None, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type(name, (torch.autograd.Function,), methods)
-    # Not `function.apply`, which asks for functorch first: where a transform looks on, a call does not come here.
+    # Not `function.apply`, which asks for functorch first: where a transform is active, a call does not come here.
     apply = super(torch.autograd.Function, function).apply
 
-    def call(*inputs: Any, **keywords: Any) -> Any:
-        result = None if recorded is None else recorded(*inputs, **keywords)
-        if result is not None:
-            return result
+    def call(kernel: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
         counts = [len(each) if isinstance(each, list) else None for each in inputs]
-        return apply(*_flat(inputs), {**defaults, **keywords}, counts)
+        return apply(*_flat(inputs), kernel, {**defaults, **keywords}, counts)
 
     return call

@@ -43,15 +43,13 @@ def _allocate(
     return allocate(shape, feature, requested_format(feature, memory_format))
 
 
-def prepare(feature: Tensor, weight: Tensor, *rest: Any) -> serving.Prepared:
+def _as_matrix(feature: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return (feature, weight.flatten(1), *rest)
+
+
+def prepare(*arguments: Any) -> serving.Prepared:
     """What computes the operator; a backend has the weight as a matrix."""
-    return serving.prepare(
-        "lateral_connection",
-        *(feature, weight.flatten(1), *rest),
-        # With the weight as it came: so the message shows it.
-        check=lambda feature, matrix, *rest: _check(feature, weight, *rest),
-        empty=_allocate,
-    )
+    return serving.prepare("lateral_connection", *arguments, check=_check, empty=_allocate, adapt=_as_matrix)
 
 
 def _kernel(
@@ -64,8 +62,8 @@ def _kernel(
     gain: float = 1.0,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    rest = (bias, top, mode, gain, memory_format)
-    result: Tensor = prepare(feature, weight, *rest)(feature, weight.flatten(1), *rest)
+    arguments = (feature, weight, bias, top, mode, gain, memory_format)
+    result: Tensor = prepare(*arguments)(*_as_matrix(*arguments))
     return result
 
 
