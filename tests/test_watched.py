@@ -5,6 +5,7 @@ Each has to give what the same gives of eager PyTorch, whether the call comes fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -382,3 +383,20 @@ def test_threads_that_share_a_graph(way: str, target: Target, monkeypatch: pytes
 
         with ThreadPoolExecutor(4) as pool:
             assert all(itertools.chain(*pool.map(work, range(4))))
+
+
+# The compiler's own: advice on functions that remember their result, and a look at every tensor's gradient.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_autograd() -> None:
+    gradients: list[list[Tensor | None]] = []
+    torch.compiler.reset()
+    ours, eager = _models()
+    # Of torch 2.13, it cannot compile eager's bilinear resize.
+    compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
+    for model, how in ((eager, contextlib.nullcontext()), (ours, compiled)):
+        total = sum(result.sum() for result in model(*_maps_of_seed()))
+        with how:
+            total.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    _assert_close(*gradients, torch.float64)

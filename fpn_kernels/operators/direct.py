@@ -147,22 +147,6 @@ def _nested(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
     return [next(values) if count is None else [next(values) for _ in range(count)] for count in counts]
 
 
-class _Context:
-    """Autograd's context as a formula reads it: its flags have the structure of the operator's arguments.
-
-    The context itself is not changed: several threads may run one node's backward at a time.
-    """
-
-    __slots__ = ("_context", "needs_input_grad")
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self.needs_input_grad = _nested(context.needs_input_grad[:-3], context.counts)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-
 def differentiable(
     name: str, signature: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
@@ -171,7 +155,8 @@ def differentiable(
     Args:
         name: the operator's name.
         signature: any function with its keyword arguments and their defaults.
-        backward, setup_context: as for `torch.library.register_autograd`.
+        backward, setup_context: as for `torch.library.register_autograd`, but that the flags of the inputs that
+            require a gradient are ``ctx.wants``, in the structure of the operator's arguments.
 
     Returns:
         A function of a kernel, which computes the operator below autograd, and the operator's arguments.  Lists of
@@ -185,7 +170,8 @@ def differentiable(
         *flat, kernel, keywords, counts = values
         inputs = _nested(flat, counts)
         output = kernel(*inputs, **keywords)
-        ctx.counts = counts
+        # Set once: several threads may run a node's backward at a time.
+        ctx.counts, ctx.wants = counts, _nested(ctx.needs_input_grad[:-3], counts)
         if has_keywords:
             setup_context(ctx, inputs, keywords, output)
         else:
@@ -195,7 +181,7 @@ def differentiable(
 
     def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         with without_autocast(grads):
-            listed = backward(_Context(ctx), grads) if ctx.lists else backward(_Context(ctx), *grads)
+            listed = backward(ctx, grads) if ctx.lists else backward(ctx, *grads)
         each = zip(listed if isinstance(listed, tuple) else (listed,), ctx.counts, strict=True)
         # A list of numbers has no gradients: None for all of it.
         flat = _flat([None] * count if grad is None and count is not None else grad for grad, count in each)

@@ -175,7 +175,7 @@ def merge_gradients(
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    wants_feature, wants_weight, wants_bias, wants_top = ctx.needs_input_grad[:4]
+    wants_feature, wants_weight, wants_bias, wants_top = ctx.wants[:4]
     feature, weight = ctx.saved_tensors
     operators = direct.operators(grad, feature, weight)
     grad_feature = grad_weight = grad_bias = grad_top = None

@@ -48,7 +48,7 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
 
 
 def _backward(ctx: Any, grad_of_top: Tensor, grad_of_bias: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-    wants_grad, _, wants_own = ctx.needs_input_grad[:3]
+    wants_grad, _, wants_own = ctx.wants[:3]
     grad_of_grad = None
     if wants_grad:
         # Both results are linear in grad: its gradient is gain * (resize(grad_of_top) + grad_of_bias), one merge.

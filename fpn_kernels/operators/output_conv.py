@@ -100,7 +100,7 @@ def gradients(
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     feature, weight = ctx.saved_tensors
-    return gradients(grad, feature, weight, ctx.needs_input_grad[:3], ctx.formats)
+    return gradients(grad, feature, weight, ctx.wants[:3], ctx.formats)
 
 
 def _recorded(

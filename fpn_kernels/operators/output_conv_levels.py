@@ -107,7 +107,7 @@ def _backward(
     ctx: Any, grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None], list[None] | None]:
     count = len(ctx.formats)
-    wants_features, wants_weights, wants_some_biases, _ = ctx.needs_input_grad
+    wants_features, wants_weights, wants_some_biases, _ = ctx.wants
     wants_biases = dict(zip(ctx.bias_levels, wants_some_biases, strict=True))
     # Read once: activation checkpointing computes what was saved anew, for one reading.
     saved = ctx.saved_tensors

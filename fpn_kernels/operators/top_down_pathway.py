@@ -119,7 +119,7 @@ def _backward(
     ctx: Any, grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None], list[None] | None]:
     count = len(ctx.sizes)
-    wants_features, wants_weights, wants_some_biases, _ = ctx.needs_input_grad
+    wants_features, wants_weights, wants_some_biases, _ = ctx.wants
     wants_biases = [False] * count
     for level, wants in zip(ctx.bias_levels, wants_some_biases, strict=True):
         wants_biases[level] = wants

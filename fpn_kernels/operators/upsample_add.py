@@ -37,7 +37,7 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Tens
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    wants_top, wants_lateral = ctx.needs_input_grad[:2]
+    wants_top, wants_lateral = ctx.wants[:2]
     gain = ctx.options["gain"]
     grad_top = grad_lateral = None
     if wants_top:

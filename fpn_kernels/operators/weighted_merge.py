@@ -86,11 +86,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, total = divided(wide, ctx.eps)
     else:
         factors = normalized(wide, grad, ctx.normalization, ctx.eps)
-    wants_weights = ctx.needs_input_grad[3]
+    wants_weights = ctx.wants[3]
     gradients: list[Tensor | None] = []
     grad_factors: list[Tensor] = []
     for index, (tensor, size) in enumerate(zip(maps, ctx.sizes, strict=True)):
-        wants = ctx.needs_input_grad[index]
+        wants = ctx.wants[index]
         if size is None or not (wants or wants_weights):
             gradients.append(None)
             continue

@@ -40,7 +40,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad_of_scaled: Tensor, grad_of_product: Tensor) -> tuple[Tensor | None, ...]:
     grad, input, factor = ctx.saved_tensors
-    wants_grad, wants_input, wants_factor = ctx.needs_input_grad
+    wants_grad, wants_input, wants_factor = ctx.wants
     grad_grad = grad_input = grad_factor = None
     if wants_grad:
         # Both results are linear in grad: its gradient is a weighted merge of theirs.
