@@ -30,9 +30,8 @@ def _overridden(function: Callable[_P, _R], tensors: Iterable[Any], *arguments: 
     return result
 
 
-def _flat(*values: object) -> tuple[object, ...]:
-    """The elements of lists and tuples, and the other values."""
-    return tuple(each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,)))
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _require_tensor(name: str, value: object, *, optional: bool = False) -> None:
@@ -243,7 +242,7 @@ def output_conv_levels(
         TypeError: an argument is of the wrong type or dtype (the message names the level).
         ValueError: a shape, a device or `memory_format` does not fit; or a forced backend cannot serve a level.
     """
-    tensors = _flat(features, weights, biases)
+    tensors = (*_listed(features), *_listed(weights), *_listed(biases))
     if has_torch_function(tensors):
         return _overridden(output_conv_levels, tensors, features, weights, biases, memory_format=memory_format)
     _require_memory_format(memory_format)
@@ -373,7 +372,7 @@ def top_down_pathway(
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3.
     """
-    tensors = _flat(features, weights, biases)
+    tensors = (*_listed(features), *_listed(weights), *_listed(biases))
     if has_torch_function(tensors):
         return _overridden(
             top_down_pathway, tensors, features, weights, biases, mode=mode, gain=gain, memory_format=memory_format
@@ -440,7 +439,7 @@ def weighted_merge(
     Source:
         EfficientDet, arXiv 1911.09070, section 3.3.
     """
-    tensors = _flat(inputs, weights)
+    tensors = (*_listed(inputs), weights)
     if has_torch_function(tensors):
         return _overridden(weighted_merge, tensors, inputs, weights, normalization=normalization, eps=eps, mode=mode)
     _require_levels("inputs", inputs)
