@@ -40,9 +40,9 @@ _VECTOR = 16
 @functools.cache
 def load_error() -> str | None:
     """Loads the library; why it cannot be used, or None."""
-    if not LIBRARY.is_file():
-        return f"the compiled library was not built ({LIBRARY}); {_CURE}"
     try:
+        if not LIBRARY.is_file():
+            return f"the compiled library was not built ({LIBRARY}); {_CURE}"
         fault = library_file.fault(LIBRARY)
         if fault is not None:
             return f"the compiled library would not load: {LIBRARY}: {fault}; {_CURE}"

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpn_kernels import compatibility
 from fpn_kernels.operators import direct
 
+compatibility.require_first_import()  # this file may be reloaded
 LIBRARY = torch.library.Library("fpn_kernels", "DEF")
+compatibility.mark_first_import()
 
 # Autocast is a property of these devices; on the others torch has no such dispatch key for Python to serve.
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
