@@ -1,7 +1,9 @@
-"""The torch that this library needs, asked for before anything of it is imported that an older one does not have."""
+"""What importing the library requires, checked before any other file of it is imported: torch, and to be the first."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import re
 
 import torch
@@ -28,4 +30,33 @@ def require_torch(version: str = torch.__version__) -> None:
         )
 
 
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution; None where there is none, or its metadata cannot be read."""
+    try:
+        return importlib.metadata.version(distribution)
+    except Exception:  # whatever is in somebody else's files
+        return None
+
+
+def require_first_import() -> None:
+    """Raises where this process has registered the library's operators before: torch takes them once.
+
+    Raises:
+        ImportError: with the path of the first import, and what to do.
+    """
+    # A namespace of operators lives as long as the process, whatever becomes of `sys.modules`.
+    first = vars(torch.ops.fpn_kernels).get("_imported_from")
+    if first is not None:
+        raise ImportError(
+            f"fpn_kernels was imported before in this process, from {first}, and torch registers its operators only "
+            "once: keep that module in sys.modules, and install only one copy; or start Python anew"
+        )
+
+
+def mark_first_import() -> None:
+    """Notes where the operators are registered from, for `require_first_import`."""
+    vars(torch.ops.fpn_kernels)["_imported_from"] = os.path.dirname(__file__)
+
+
 require_torch()
+require_first_import()

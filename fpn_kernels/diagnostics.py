@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fpn_kernels import compatibility
 from fpn_kernels.backends import selection
 from fpn_kernels.backends.selection import Explanation
 from fpn_kernels.version import __version__
@@ -36,7 +36,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         **kwargs: the call's keyword arguments.
 
     Returns:
-        An `Explanation` with `operator`, `backend`, `refusals` and `forced`; ``print`` it.
+        An `Explanation` with `operator`, `backend`, `refusals`, `forced` and `evidence`; ``print`` it.
 
     Raises:
         ValueError: there is no such operator; or the arguments, or a forced backend, do not fit (as the call would).
@@ -67,13 +67,6 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     except RuntimeError as error:
         raise TypeError(f"{name}: the arguments do not fit its schema: {error}") from error
     return Explanation(name, "nothing to launch: the result is empty, or the tensors hold no data", {})
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -123,7 +116,7 @@ def report() -> str:
     versions = {
         "fpn_kernels": __version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": compatibility.version_of("triton") or "not installed",
         "python": platform.python_version(),
     }
     lines = [f"{name:<12} {version}" for name, version in versions.items()] + [""]

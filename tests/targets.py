@@ -59,7 +59,7 @@ class Target:
         """Whether the backend has this operator, and not only for some calls where it is forced."""
         backend = {backend.name: backend for backend in selection.backends()}[self.backend]
         implementation = backend.implementations.get(operator)
-        return implementation is not None and implementation.only_forced is None
+        return implementation is not None and not implementation.optional
 
     def has_whole(self, operator: str) -> bool:
         """Whether the backend, forced, computes as a whole what others make of several operators."""

@@ -118,6 +118,7 @@ def test_what_is_only_forced_is_passed_over_and_says_why(monkeypatch: pytest.Mon
         selection.unprepared(_forty_two),
         lambda top, *_: None if top.dtype == torch.float32 else "serves float32 only",
         only_forced=lambda top, *_: "nobody has measured it" if top is TOP else None,
+        optional=True,
     )
     others = dict(selection._registry)
     monkeypatch.setattr(
@@ -125,7 +126,7 @@ def test_what_is_only_forced_is_passed_over_and_says_why(monkeypatch: pytest.Mon
     )
     explanation = fpn_kernels.explain("upsample_add", TOP, LATERAL)
     assert explanation.backend != "fake"
-    assert explanation.refusals["fake"] == "serves only where it is forced: nobody has measured it"
+    assert explanation.refusals["fake"] == "opt-in: nobody has measured it"
     assert fpn_kernels.explain("upsample_add", TOP.clone(), LATERAL).backend == "fake"
     with fpn_kernels.use_backend("fake"):
         assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"

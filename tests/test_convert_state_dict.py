@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,58 @@ def test_prefixes_are_kept_and_other_keys_pass() -> None:
     assert converted["b.fpn_convs.0.conv.bias"] is state["b.layer_blocks.0.0.bias"]
     assert converted["head.weight"] is state["head.weight"] and len(converted) == len(state)
     assert type(converted) is OrderedDict and "b.layer_blocks.0.0.bias" in state, "the caller's was changed"
+
+
+_V1 = re.compile(r"((?:inner|layer)_blocks\.\d+)\.0\.")
+
+
+def _older(state: dict[str, Any]) -> OrderedDict[str, Any]:
+    """As version 1 of torchvision's module has saved it, which has no norms."""
+    older = OrderedDict((_V1.sub(r"\1.", key), value) for key, value in state.items())
+    older._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    return older
+
+
+@pytest.mark.parametrize("target", _WHOLE)
+@pytest.mark.parametrize("source", ["torchvision", "fpn_kernels"])
+@pytest.mark.parametrize("extra", [False, True], ids=["4-levels", "p6p7"])
+def test_keys_of_torchvisions_first_version(extra: bool, source: str, target: str) -> None:
+    state = _torchvision(extra=extra).state_dict()
+    older = _older(state)
+    assert "inner_blocks.0.weight" in older and "layer_blocks.3.bias" in older
+    converted = convert_state_dict(older, source, target)
+    expected = convert_state_dict(state, source, target)
+    assert {name: id(value) for name, value in converted.items()} == {n: id(value) for n, value in expected.items()}
+    _WHOLE[target](extra=extra).load_state_dict(converted, strict=True)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.backbone.fpn.", "_orig_mod.module.neck."])
+@pytest.mark.parametrize("older", [False, True])
+def test_prefixes_of_wrappers_and_several_pyramids_of_two_versions(older: bool, prefix: str) -> None:
+    first, second = _torchvision(extra=True).state_dict(), _torchvision().state_dict()
+    state = {f"{prefix}{key}": value for key, value in (_older(first) if older else first).items()}
+    state |= {f"other.{key}": value for key, value in second.items()} | {"module.head.0.weight": first}
+    converted = convert_state_dict(state, "torchvision", "mmdet")
+    assert converted[f"{prefix}lateral_convs.2.conv.weight"] is first["inner_blocks.2.0.weight"]
+    assert converted[f"{prefix}fpn_convs.5.conv.bias"] is first["extra_blocks.p7.bias"]
+    assert converted["other.fpn_convs.0.conv.weight"] is second["layer_blocks.0.0.weight"]
+    assert converted["module.head.0.weight"] is first and len(converted) == len(state)
+
+
+def test_the_versions_of_modules_are_kept() -> None:
+    """By them a module loads what an older one has saved, the pyramid or whatever else is in the model."""
+    model = nn.ModuleDict({"fpn": _torchvision(), "norm": nn.BatchNorm2d(4)})
+    state = model.state_dict()
+    state._metadata["norm"]["version"] = 7  # type: ignore[attr-defined]
+    converted = convert_state_dict(state, "torchvision", "mmdet")
+    assert converted._metadata == state._metadata  # type: ignore[attr-defined]
+    assert not hasattr(convert_state_dict(dict(state), "torchvision", "mmdet"), "_metadata")
+
+
+def test_a_weight_under_two_keys_is_refused() -> None:
+    state = {"inner_blocks.0.weight": 0, "inner_blocks.0.0.weight": 0}
+    with pytest.raises(ValueError, match="state: expected the keys of one version"):
+        convert_state_dict(state, "torchvision", "mmdet")
 
 
 def test_three_levels_are_numbered_from_stride_32_down() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fpn_kernels
-from fpn_kernels import compatibility
+from fpn_kernels import compatibility, diagnostics
 from fpn_kernels.backends import library_file, native
 from fpn_kernels.backends.triton import eligibility
 
@@ -115,6 +115,14 @@ def test_a_library_that_cannot_be_read_is_named(tmp_path: pathlib.Path, monkeypa
         native.load_error.cache_clear()
 
 
+def test_a_library_in_a_folder_that_may_not_be_entered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: pathlib.Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "is_file", refuses)
+    assert "would not load: [Errno 13] Permission denied" in str(native.load_error.__wrapped__())
+
+
 @BUILT
 def test_a_library_of_an_earlier_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(native._IMPLEMENTATIONS, "of_tomorrow", native._IMPLEMENTATIONS["upsample_add"])
@@ -174,6 +182,7 @@ def bare(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pa
     monkeypatch.setattr(eligibility.sysconfig, "get_path", lambda name, scheme: str(tmp_path / "include"))
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "Python.h").touch()
+    monkeypatch.setattr(eligibility, "_import_error", lambda: None)
     eligibility._cannot_build.cache_clear()
     yield tmp_path
     eligibility._cannot_build.cache_clear()
@@ -211,6 +220,115 @@ def test_triton_needs_no_compiler_where_it_has_compiled_before(bare: pathlib.Pat
 def test_a_compiler_that_is_named_is_tritons_matter(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/opt/some/compiler")
     assert eligibility.unavailable() is None
+
+
+def test_what_the_checks_may_not_read_is_not_there(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pathlib` asks of a folder that may not be entered by raising; root may enter all, hence a link to itself."""
+    (bare / "loop").symlink_to(bare / "loop")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(bare / "loop" / "cache"))
+    monkeypatch.setattr(eligibility.sysconfig, "get_path", lambda name, scheme: str(bare / "loop" / "include"))
+    _with_gcc(bare)
+    assert "Python.h is not there" in str(eligibility.unavailable())
+
+
+# Takes an installed Triton out of sight.
+_HIDDEN = "import torch; sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p, 'triton'))]"
+_SHADOW = "sys.path.insert(0, os.getcwd())"
+
+# Each is Triton by its name alone: where it is, and how it gets there.
+_STUBS = {
+    "triton": f"{_HIDDEN}; {_SHADOW}; os.mkdir('triton')",
+    "triton/__init__.py": f"{_HIDDEN}; {_SHADOW}; os.mkdir('triton'); open('triton/__init__.py', 'w').close()",
+    "triton.py, which raises": f"{_SHADOW}; open('triton.py', 'w').write('1 / 0')",
+    "triton.py, which has a version": f"{_SHADOW}; open('triton.py', 'w').write('__version__ = \"3.7.0\"')",
+    "sys.modules, a stub": "sys.modules['triton'] = types.ModuleType('triton')",
+    "sys.modules, a mock": "sys.modules['triton'] = unittest.mock.MagicMock()",
+}
+
+
+@pytest.mark.parametrize("what", _STUBS)
+def test_what_is_only_called_triton_is_named_and_the_others_serve(what: str, tmp_path: pathlib.Path) -> None:
+    """Interpreted, so that nothing else is missing on a machine without a GPU."""
+    code = (
+        f"import os, sys, types, unittest.mock\n{_STUBS[what]}\n{SMOKE}"
+        "assert 'triton' not in fpn_kernels.available_backends()\n"
+        # What only Triton or eager serves.
+        "print(fpn_kernels.explain('channel_sums', torch.ones(1, 2, 4, 4)))\n"
+        "print(torch.ops.fpn_kernels.channel_sums(torch.ones(1, 2, 4, 4)))\n"
+        "from fpn_kernels import diagnostics; print(diagnostics.report())\n"
+        "fpn_kernels.use_backend('triton')\n"
+    )
+    run = _python("-c", code, cwd=tmp_path, TRITON_INTERPRET="1", FPN_KERNELS_BACKEND="")
+    place = what.partition(",")[0]
+    place = place if place == "sys.modules" else f"{tmp_path}/{place}"
+    reason = f"the module triton of {place} does not work: "
+    assert "channel_sums: served by eager\n  native does not: has no implementation" in run.stdout, run.stderr
+    assert f"triton does not: {reason}" in run.stdout and f"  triton   {reason}" in run.stdout, run.stdout
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"name: backend 'triton' is not available here: {reason}" in last, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.5.1", "Triton 3.5.1 is older than 3.6"), ("main", None), ("", None), ("3", None), ("4.0.0a0+git1", None)],
+)
+def test_a_version_that_is_no_number_is_not_too_old(
+    version: str, reason: str | None, bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_gcc(bare)
+    monkeypatch.setattr(eligibility, "_triton_version", lambda: version)
+    assert eligibility.unavailable() == reason
+
+
+@pytest.mark.parametrize("answer", [None, KeyError("Version"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")])
+def test_metadata_that_cannot_be_read_are_none(answer: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str | None:
+        if answer is not None:
+            raise answer
+        return None
+
+    monkeypatch.setattr(compatibility.importlib.metadata, "version", version)
+    assert compatibility.version_of("triton") is None
+    assert eligibility._triton_version.__wrapped__() in ("", None)
+    assert "triton       not installed" in diagnostics.report()
+
+
+# ---- imported twice
+
+FORGOTTEN = "for name in [n for n in sys.modules if n.partition('.')[0] == 'fpn_kernels']: del sys.modules[name]\n"
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        FORGOTTEN + "import fpn_kernels\n",
+        FORGOTTEN + "sys.path.insert(0, sys.argv[1])\nimport fpn_kernels\n",
+        "importlib.reload(sys.modules['fpn_kernels.operators.registration'])\n",
+    ],
+    ids=["forgotten", "another copy", "reloaded"],
+)
+def test_imported_again_it_names_the_first_place(again: str, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(ROOT / "fpn_kernels", tmp_path / "fpn_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    # The first import goes on serving.
+    code = f"import importlib, sys\n{SMOKE}first = fpn_kernels\ntry:\n" + "".join(
+        f"    {line}\n" for line in again.splitlines()
+    )
+    code += "except ImportError as error:\n    print('ERROR', error)\nelse:\n    raise SystemExit('imported')\n"
+    code += "assert float(first.upsample_add(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)).sum()) == 8\n"
+    run = _python("-c", code, str(tmp_path), FPN_KERNELS_BACKEND="")
+    assert run.returncode == 0, run.stderr
+    assert f"ERROR fpn_kernels was imported before in this process, from {ROOT / 'fpn_kernels'}, and" in run.stdout
+    assert "start Python anew" in run.stdout, "the cure"
+
+
+@pytest.mark.parametrize(
+    "again",
+    ["importlib.reload(fpn_kernels)\n", "del sys.modules['fpn_kernels']\nimport fpn_kernels\n"],
+    ids=["reloaded", "forgotten by its first name"],
+)
+def test_its_first_file_alone_may_run_again(again: str) -> None:
+    run = _python("-c", f"import importlib, sys\n{SMOKE}{again}{SMOKE}", FPN_KERNELS_BACKEND="")
+    assert run.returncode == 0, run.stderr
 
 
 # ---- a read-only installation
@@ -269,18 +387,6 @@ def test_a_cache_on_a_read_only_disk_is_one_warning_and_no_failure(tmp_path: pat
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("a\na\na\n")
     assert run.stdout.count("Read-only file system") == 1 and "it is ignored" in run.stdout
-
-
-def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from fpn_kernels.backends.triton import autotune
-
-    def unknown() -> None:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(pathlib.Path, "home", unknown)
-    assert autotune.directory().name == f"fpn_kernels-{os.getuid()}"
 
 
 def test_this_torch_is_one_that_is_served() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -103,10 +104,25 @@ def test_answers_of_other_processes_are_kept(cache: pathlib.Path, measured: list
     assert len(json.loads(cache.read_text())) == 3 and json.loads(cache.read_text())["theirs"] == "x"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "\x00\xff"])
-def test_a_corrupt_cache_is_ignored_with_one_warning(content: str, cache: pathlib.Path, measured: list[str]) -> None:
+_CORRUPT = {
+    "empty": b"",
+    "half-written": b'{"op": "fa',
+    "list": b"[1]",
+    "number": b'{"a": 1}',
+    "huge-number": b'{"a": ' + b"9" * 100_000 + b"}",
+    "nan": b'{"a": NaN, "b": -Infinity}',
+    "nested-list": b"[" * 1_000_000,
+    "nested-object": b'{"a": ' * 1_000_000,
+    "binary": bytes(range(256)) * 16,
+    "utf-16": '{"a": "b"}'.encode("utf-16"),
+    "too-large": b" " * (16 << 20) + b"{}",
+}
+
+
+@pytest.mark.parametrize("content", _CORRUPT.values(), ids=_CORRUPT)
+def test_a_corrupt_cache_is_ignored_with_one_warning(content: bytes, cache: pathlib.Path, measured: list[str]) -> None:
     cache.parent.mkdir(parents=True)
-    cache.write_text(content)
+    cache.write_bytes(content)
     with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: reading .* failed, it is ignored") as caught:
         assert _ask(measured) == "fast"
         assert _ask(measured, size=2) == "fast"
@@ -121,6 +137,36 @@ def test_a_cache_that_cannot_be_written_is_ignored_with_one_warning(
     with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: .* failed, it is ignored") as caught:
         assert [_ask(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
     assert len(caught) == 1 and len(measured) == 2 * len(CANDIDATES)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to a device"])
+def test_what_is_no_file_is_ignored_with_one_warning(kind: str, cache: pathlib.Path, measured: list[str]) -> None:
+    """A pipe, opened, would wait for a writer; a device would never end."""
+    cache.parent.mkdir(parents=True)
+    make: dict[str, Callable[[], None]] = {
+        "folder": cache.mkdir,
+        "pipe": lambda: os.mkfifo(cache),
+        "link to itself": lambda: cache.symlink_to(cache),
+        "link to a device": lambda: cache.symlink_to("/dev/zero"),
+    }
+    make[kind]()
+    with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: .* failed, it is ignored") as caught:
+        assert [_ask(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
+    assert len(caught) == 1 and len(measured) == 2 * len(CANDIDATES)
+    assert kind == "folder" or len(json.loads(cache.read_text())) == 2, "replaced by a sound one"
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_writers_at_once_leave_a_whole_file(cache: pathlib.Path) -> None:
+    """As processes do, which share no lock: an answer may be lost, and is measured again; the file never is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            for each in [threads.submit(autotune._write, cache, f"key {i}", "answer") for i in range(64)]:
+                each.result()
+        answers = autotune._read(cache)
+    assert answers and set(answers) <= {f"key {i}" for i in range(64)}
+    assert list(cache.parent.iterdir()) == [cache]
 
 
 def test_an_interrupted_write_leaves_the_old_file(
@@ -184,7 +230,30 @@ def test_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert autotune.directory() == pathlib.Path("/somewhere/fpn_kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert autotune.directory() == pathlib.Path.home() / ".cache" / "fpn_kernels"
+    at_home = pathlib.Path.home() / ".cache" / "fpn_kernels"
+    assert autotune.directory() == at_home
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert autotune.directory() == at_home, "relative paths are invalid, says the specification"
+    monkeypatch.setattr(pathlib.Path, "home", lambda: pathlib.Path("here"))
+    assert autotune.directory() is None
+
+
+def test_without_a_home_answers_are_the_processs(
+    cache: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read from a folder that everybody may write to, and nothing is written there."""
+
+    def unknown() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", unknown)
+    for name in ("_read", "_write"):
+        monkeypatch.setattr(autotune, name, lambda *arguments: pytest.fail("a file was used"))
+    assert autotune.directory() is None
+    assert [_ask(measured) for _ in range(2)] == ["fast"] * 2 and measured == list(CANDIDATES)
+    monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Another GPU")
+    assert _ask(measured) == "fast" and len(measured) == 2 * len(CANDIDATES), "an answer is that of one device"
 
 
 def test_size_classes() -> None:

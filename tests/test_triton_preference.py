@@ -40,9 +40,9 @@ def test_the_3x3_where_it_was_measured_faster() -> None:
     assert "so small a map, of 1000 pixels" in str(_output_conv((1, 256, 25, 40)))
     assert "no bias" in str(_output_conv(bias=False))
     assert "16 bits" in str(_output_conv(dtype=torch.float32))
-    assert "9.0 alone, got 8.0" in str(_output_conv(device=AMPERE))
-    assert "256 channels, got 128 to 256" in str(_output_conv((1, 128, 200, 320)))
-    assert "256 channels, got 256 to 255" in str(_output_conv(cout=255))
+    assert str(_output_conv(device=AMPERE)) == "only measured on compute capability 9.0; this is 8.0"
+    assert "256 channels; these are 128 to 256" in str(_output_conv((1, 128, 200, 320)))
+    assert "256 channels; these are 256 to 255" in str(_output_conv(cout=255))
 
 
 def test_the_levels_of_a_pyramid_where_the_largest_is() -> None:
@@ -62,7 +62,7 @@ def test_the_chained_pathway_where_launches_overlap() -> None:
         return preference.top_down_pathway([feature], [feature], [None], "nearest", 1.0, None)
 
     assert pathway() is None
-    assert "got 8.0" in str(pathway(device=AMPERE)) and "16 bits" in str(pathway(dtype=torch.float32))
+    assert "this is 8.0" in str(pathway(device=AMPERE)) and "16 bits" in str(pathway(dtype=torch.float32))
 
 
 def test_the_layout_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,17 @@ def test_the_layout_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_selection_asks() -> None:
     backend = {each.name: each for each in selection.backends()}["triton"]
-    asked = {name: each.only_forced for name, each in backend.implementations.items() if each.only_forced is not None}
-    assert set(asked) == {"output_conv", "output_conv_levels", "top_down_pathway", "channel_sums"}
-    assert all(getattr(preference, name) is predicate for name, predicate in asked.items())
+    asked = {name: each.only_forced for name, each in backend.implementations.items()}
+    chosen = {name for name, predicate in asked.items() if predicate is not preference.memory_bound}
+    products = {"lateral_connection", "output_conv", "output_conv_levels", "top_down_pathway"}
+    assert chosen == {*products, "channel_sums"}
+    assert all(getattr(preference, name) is asked[name] for name in chosen)
+    optional = {name for name, each in backend.implementations.items() if each.optional}
+    assert optional == chosen - {"lateral_connection"}
 
 
 def test_the_interpreter_serves_where_it_is_forced() -> None:
     feature = torch.empty(1, 128, 4, 4, dtype=torch.bfloat16)
     assert "to check kernels" in str(preference.top_down_pathway([feature], [feature], [None], "nearest", 1.0, None))
+    assert "to check kernels" in str(preference.lateral_connection(feature, feature, None, None, "nearest", 1.0, None))
+    assert "to check kernels" in str(preference.memory_bound(feature, feature, "nearest", 1.0))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import resampling
-from fpn_kernels.backends import convolution
+from fpn_kernels.backends import convolution, serving
 from fpn_kernels.backends.layouts import allocate, requested_format, result_format
 from fpn_kernels.backends.selection import Backend, Implementation, unprepared
 
@@ -121,6 +123,10 @@ def upsample_add_backward(grad: Tensor, top_size: tuple[int, int], mode: str, ga
     return result.to(grad.dtype).contiguous(memory_format=out_format)
 
 
+def _no_check(*arguments: object) -> None:
+    """The arguments are the library's own."""
+
+
 def lateral_connection(
     feature: Tensor,
     weight: Tensor,
@@ -135,6 +141,12 @@ def lateral_connection(
     if top is None:
         return lateral.contiguous(memory_format=out_format)
     in_place = lateral.is_contiguous(memory_format=out_format)
+    if in_place and lateral.device.type != "cpu":
+        # One pass, and not two, where a kernel has the merge; on the CPU such a backend has the connection as well.
+        merge = serving.prepare("upsample_add", top, lateral, mode, gain, check=_no_check, empty=upsample_add)
+        if merge.backend != BACKEND.name:
+            merged: Tensor = merge(top, lateral, mode, gain)
+            return merged
     return _merge(top, lateral, mode, gain, lateral if in_place else allocate(lateral.shape, lateral, out_format))
 
 
@@ -226,11 +238,16 @@ def _serves_all(*arguments: object) -> None:
     return None
 
 
+def _evidence(operator: str) -> Callable[..., str]:
+    one_merge = "; on CUDA with one merge by the backend that serves upsample_add" * (operator == "lateral_connection")
+    return lambda *arguments: f"PyTorch's own operators{one_merge}"
+
+
 BACKEND = Backend(
     name="eager",
     unavailable=lambda: None,
     implementations={
-        run.__name__: Implementation(unprepared(run), _serves_all)
+        run.__name__: Implementation(unprepared(run), _serves_all, evidence=_evidence(run.__name__))
         for run in (
             *(upsample_add, upsample_add_backward, lateral_connection, merge_backward),
             *(weighted_merge, weighted_merge_backward, output_conv, output_conv_backward_weight, reorder),

@@ -7,6 +7,7 @@ not load keeps its first error, for `python -m fpn_kernels` to show.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.backends import convolution, library_file
+from fpn_kernels.backends import convolution, evidence, library_file
 from fpn_kernels.backends.eager import normalized
 from fpn_kernels.backends.layouts import allocate, allocator, requested_format, result_format
 from fpn_kernels.backends.selection import AtOnce, Backend, Implementation
@@ -39,9 +40,9 @@ _VECTOR = 16
 @functools.cache
 def load_error() -> str | None:
     """Loads the library; why it cannot be used, or None."""
-    if not LIBRARY.is_file():
-        return f"the compiled library was not built ({LIBRARY}); {_CURE}"
     try:
+        if not LIBRARY.is_file():
+            return f"the compiled library was not built ({LIBRARY}); {_CURE}"
         fault = library_file.fault(LIBRARY)
         if fault is not None:
             return f"the compiled library would not load: {LIBRARY}: {fault}; {_CURE}"
@@ -404,6 +405,11 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
     "output_conv": Implementation(output_conv.prepare, _refusal_but_on_the_cpu, _output_conv_format),
     "output_conv_backward_weight": Implementation(output_conv_backward_weight.prepare, _refusal_but_on_the_cpu),
     "reorder": Implementation(reorder.prepare, _refusal_but_on_the_cpu),
+}
+
+_IMPLEMENTATIONS = {
+    operator: dataclasses.replace(implementation, evidence=evidence.of("native", operator))
+    for operator, implementation in _IMPLEMENTATIONS.items()
 }
 
 BACKEND = Backend(name="native", unavailable=load_error, implementations=_IMPLEMENTATIONS)

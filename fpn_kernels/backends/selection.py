@@ -29,6 +29,10 @@ def _no_preference(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     return torch.preserve_format
 
 
+def _no_evidence(*arguments: object) -> str:
+    return ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One operator on one backend.
@@ -44,12 +48,17 @@ class Implementation:
             not known), or None for a device that the backend does not serve.
         only_forced: takes the same arguments; returns why selection passes this call over unless the backend is forced
             (such as that another is faster, or that nobody has measured it), or None.  Itself None where no call is.
+        optional: whether eager serves the calls that the backend refuses where it is forced; otherwise they raise.
+        evidence: takes the same arguments; returns in one line which measurement, or which argument, is the reason
+            that this backend serves the call.
     """
 
     prepare: Callable[..., Callable[..., Any]]
     refusal: Callable[..., str | None]
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
     only_forced: Callable[..., str | None] | None = None
+    optional: bool = False
+    evidence: Callable[..., str] = _no_evidence
 
 
 def unprepared(run: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -94,7 +103,13 @@ class Backend:
         if reason is not None or forced or implementation.only_forced is None:
             return reason
         reason = implementation.only_forced(*arguments)
-        return None if reason is None else f"serves only where it is forced: {reason}"
+        return None if reason is None else f"opt-in: {reason}"
+
+    def evidence(self, operator: str, arguments: tuple[Any, ...]) -> str:
+        """The measurement, or the argument, behind a call that this backend serves, in one line."""
+        implementation = self.implementations[operator]
+        reason = implementation.only_forced and implementation.only_forced(*arguments)
+        return f"none, it is opt-in: {reason}" if reason else implementation.evidence(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +121,20 @@ class Explanation:
         backend: the name of the backend that serves it.
         refusals: backend name to reason, in the order in which they were asked.
         forced: whether `use_backend` or the environment variable named the backend.
+        evidence: which measurement, or which argument, is the reason that it serves, in one line.
     """
 
     operator: str
     backend: str
     refusals: Mapping[str, str]
     forced: bool = False
+    evidence: str = ""
 
     def __str__(self) -> str:
         how = " (forced)" if self.forced else ""
         lines = [f"{self.operator}: served by {self.backend}{how}"]
         lines += [f"  {name} does not: {reason}" for name, reason in self.refusals.items()]
+        lines += [f"  evidence: {self.evidence}"] if self.evidence else []
         return "\n".join(lines)
 
 
@@ -225,14 +243,14 @@ def _forced_backend() -> Backend | None:
 def _candidates(operator: str) -> tuple[tuple[Backend, ...], bool]:
     """The backends to ask, in order of preference, and whether one was forced.
 
-    A forced backend without the operator, or with one that it leaves to others unless it is forced, is no reason to
-    fail a network that also uses those it has: eager serves what it does not.
+    A forced backend without the operator, or for which it is optional, is no reason to fail a network that also uses
+    those it has: eager serves what it does not.
     """
     forced = _forced_backend()
     if forced is None:
         return backends(), False
     implementation = forced.implementations.get(operator)
-    complete = implementation is not None and implementation.only_forced is None
+    complete = implementation is not None and not implementation.optional
     return (forced,) if complete else (forced, _registry["eager"]), True
 
 
@@ -271,7 +289,7 @@ def select(operator: str, arguments: tuple[Any, ...]) -> tuple[Backend, Explanat
     """
     backend, refusals, forced = _ask(operator, arguments)
     if backend is not None:
-        return backend, Explanation(operator, backend.name, refusals, forced)
+        return backend, Explanation(operator, backend.name, refusals, forced, backend.evidence(operator, arguments))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise BackendUnavailableError(f"{operator}: no backend serves this call ({reasons})")
 
@@ -282,8 +300,10 @@ def select_whole(operator: str, arguments: tuple[Any, ...], composition: str) ->
     A forced backend that refuses it as a whole is asked again for each of those others.
     """
     backend, refusals, forced = _ask(operator, arguments)
-    serves = f"composition: {composition}" if backend is None else backend.name
-    return backend, Explanation(operator, serves, refusals, forced)
+    if backend is None:
+        evidence = "each of these calls is selected by itself"
+        return None, Explanation(operator, f"composition: {composition}", refusals, forced, evidence)
+    return backend, Explanation(operator, backend.name, refusals, forced, backend.evidence(operator, arguments))
 
 
 def forced_by() -> tuple[str | None, str | None]:

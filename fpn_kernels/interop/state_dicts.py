@@ -23,6 +23,8 @@ class _Names:
         output: the output convolution, None where the level has none.
         extra: the convolution of an extra level above (0 is P6), None where the dialect has none.
         norms: given a convolution's name, the names its norm may have; BatchNorm's first.
+        older: a regular expression for the end of a key that an older version of the library wrote, which the library
+            still loads, and what takes the place of that end.
     """
 
     lateral_weight: str
@@ -30,6 +32,7 @@ class _Names:
     output: Callable[[int, int], str | None] = lambda level, levels: None
     extra: Callable[[int, int], str | None] = lambda index, levels: None
     norms: Callable[[str], tuple[str, ...]] = lambda convolution: ()
+    older: tuple[str, str] | None = None
 
 
 def _from_the_top(level: int, levels: int) -> int:
@@ -50,6 +53,8 @@ _DIALECTS = {
         lambda level, levels: f"layer_blocks.{level}.0",
         lambda index, levels: f"extra_blocks.p{6 + index}",
         lambda convolution: (convolution.removesuffix(".0") + ".1",) if convolution.endswith(".0") else (),
+        # Version 1 of the module: a block is the convolution itself.
+        (r"((?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
     ),
     "detectron2": _Names(
         r"fpn_lateral(\d+)\.weight",
@@ -84,9 +89,10 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> Or
     and "smp" (segmentation_models_pytorch's FPN decoder).
 
     The keys of the pyramid may have a prefix (``"backbone.fpn."``), which is kept; keys of anything else (a backbone, a
-    head) pass unchanged.  Where the source has no output convolution at a level and the target has one, it becomes the
-    identity, which computes the same.  The options that are no weights (the mode of the resize, sum or average) are not
-    in a `state_dict` and stay the caller's matter.
+    head) pass unchanged, and so do the versions of modules that `state_dict` notes.  Older keys of
+    torchvision's (``inner_blocks.0.weight``) are accepted.  Where the source has no output convolution at a level and
+    the target has one, it becomes the identity, which computes the same.  The options that are no weights (the mode of
+    the resize, sum or average) are not in a `state_dict` and stay the caller's matter.
 
     Args:
         state: a `state_dict` that holds one or more pyramids of `source`.
@@ -98,8 +104,9 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> Or
 
     Raises:
         TypeError: `state` is not a mapping, or a dialect's name not a string.
-        ValueError: a dialect is unknown; `state` holds no pyramid of `source`; or a weight has no place in `target` (a
-            norm, an extra level, an output convolution other than the identity), with its key.
+        ValueError: a dialect is unknown; `state` holds no pyramid of `source`, or a weight under an older and a newer
+            key; or a weight has no place in `target` (a norm, an extra level, an output convolution other than the
+            identity), with its key.
 
     Cost:
         Moves no bytes of weights: the tensors are the same objects, of any dtype.  Only an output convolution that the
@@ -117,7 +124,12 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> Or
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
     old, new = _dialect("source", source), _dialect("target", target)
+    metadata = getattr(state, "_metadata", None)
+    state = _renewed(state, old)
     result = OrderedDict(state)
+    if metadata is not None:
+        # The versions of modules, by which they load what an older one has saved.
+        result._metadata = metadata.copy()  # type: ignore[attr-defined]
     pyramids = _find(state, old)
     if not pyramids:
         raise ValueError(f"state: holds no feature pyramid of {source!r} (no key like {old.lateral_weight!r})")
@@ -143,6 +155,17 @@ def _dialect(argument: str, name: Any) -> _Names:
     if _ALIASES.get(name, name) not in _DIALECTS:
         raise ValueError(f"{argument}: expected one of {(*_DIALECTS, *_ALIASES)}, got {name!r}")
     return _DIALECTS[_ALIASES.get(name, name)]
+
+
+def _renewed(state: Mapping[str, Any], names: _Names) -> Mapping[str, Any]:
+    """The state with the keys that the dialect has today."""
+    if names.older is None:
+        return state
+    end, place = re.compile(rf"(?<![^.]){names.older[0]}$"), names.older[1]
+    renewed = {end.sub(place, key): value for key, value in state.items()}
+    if len(renewed) != len(state):
+        raise ValueError("state: expected the keys of one version, got a weight under an older and a newer key")
+    return renewed
 
 
 def _find(state: Mapping[str, Any], names: _Names) -> dict[str, int]:

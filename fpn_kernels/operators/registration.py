@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpn_kernels import compatibility
 from fpn_kernels.operators import direct
 
+compatibility.require_first_import()  # this file may be reloaded
 LIBRARY = torch.library.Library("fpn_kernels", "DEF")
+compatibility.mark_first_import()
 
 # What a call meets first where a functorch transform (vmap, grad, jvp, ...) is active.
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"

@@ -1,7 +1,7 @@
 """Triton kernels, forward and backward, for NVIDIA GPUs (sm_80 and later) and, interpreted, for CPU tensors.
 
     eligibility.py              why a call cannot be served; asked before anything is imported or launched
-    preference.py               what is left to others unless Triton is forced: what was measured
+    preference.py               the calls left to others unless Triton is forced: what was measured
     geometry.py                 what a launch needs to know of its tensors: strides, reach, alignment
     launching.py                a launch put together once, and repeated for the calls that are alike
     device.py                   index arithmetic that the kernels share
@@ -36,6 +36,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from fpn_kernels.backends import evidence
 from fpn_kernels.backends.selection import Backend, Implementation
 from fpn_kernels.backends.triton import eligibility, preference
 
@@ -59,25 +60,30 @@ def _at_first_launch(operator: str) -> Callable[..., Any]:
     return prepare
 
 
+_OPTIONAL = {"optional": True}
+
 BACKEND = Backend(
     name="triton",
     unavailable=eligibility.unavailable,
     implementations={
-        operator: Implementation(_at_first_launch(operator), refusal, **others)
-        for operator, refusal, others in (
-            ("upsample_add", eligibility.upsample_add, {}),
-            ("upsample_add_backward", eligibility.upsample_add_backward, {}),
-            ("lateral_connection", eligibility.lateral_connection, {}),
-            ("merge_backward", eligibility.merge_backward, {}),
-            ("channel_sums", eligibility.channel_sums, {"only_forced": preference.channel_sums}),
-            ("weighted_merge", eligibility.weighted_merge, {}),
-            ("weighted_merge_backward", eligibility.weighted_merge_backward, {}),
-            (
-                *("output_conv", eligibility.output_conv),
-                {"fastest_format": preference.output_conv_format, "only_forced": preference.output_conv},
-            ),
-            ("output_conv_levels", eligibility.output_conv_levels, {"only_forced": preference.output_conv_levels}),
-            ("top_down_pathway", eligibility.top_down_pathway, {"only_forced": preference.top_down_pathway}),
+        operator: Implementation(
+            _at_first_launch(operator),
+            getattr(eligibility, operator),
+            only_forced=getattr(preference, operator, preference.memory_bound),
+            evidence=evidence.of("triton", operator),
+            **others,
+        )
+        for operator, others in (
+            ("upsample_add", {}),
+            ("upsample_add_backward", {}),
+            ("lateral_connection", {}),
+            ("merge_backward", {}),
+            ("channel_sums", _OPTIONAL),
+            ("weighted_merge", {}),
+            ("weighted_merge_backward", {}),
+            ("output_conv", {"fastest_format": preference.output_conv_format, **_OPTIONAL}),
+            ("output_conv_levels", _OPTIONAL),
+            ("top_down_pathway", _OPTIONAL),
         )
     },
 )

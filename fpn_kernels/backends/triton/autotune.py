@@ -5,16 +5,19 @@ decide as ever.  With it, the first call of a class (operator, dtype, layouts, c
 two, device) runs every candidate on that call's own tensors, into results of its own, and waits for the device; later
 calls, and later processes, find the answer.
 
-One JSON file a device in `directory`, whose key has the versions of the library, of torch and of Triton: an answer
-holds for what was measured.  A file that cannot be read or written is ignored, with one warning.
+One JSON file per device in `directory`, whose key has the versions of the library, of torch and of Triton: an answer
+holds for what was measured.  A file that cannot be read or written is ignored, with one warning, and replaced where
+it can be.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import stat
 import tempfile
 import threading
 import warnings
@@ -55,6 +58,9 @@ class Measurement:
     milliseconds: Mapping[str, float]
 
 
+# Answers are some 200 bytes each.
+_LARGEST_FILE = 16 << 20
+
 # Of this process, in the order in which they were made: what `benchmarks.gpu` reads.
 measurements: list[Measurement] = []
 
@@ -63,15 +69,18 @@ _answers: dict[pathlib.Path, dict[str, str]] = {}
 _warned = False
 
 
-def directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`; for a user without a home, a temporary directory."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache:
-        return pathlib.Path(cache, "fpn_kernels")
-    try:
-        return pathlib.Path.home() / ".cache" / "fpn_kernels"
-    except RuntimeError:  # a container's user number that no password file knows
-        return pathlib.Path(tempfile.gettempdir(), f"fpn_kernels-{os.getuid()}")
+def directory() -> pathlib.Path | None:
+    """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`; None for a user without a home.
+
+    Relative paths are ignored, as the XDG specification says: the current folder may be anybody's.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        try:
+            cache = pathlib.Path.home() / ".cache"
+        except RuntimeError:  # a container's user number that no password file knows
+            return None
+    return cache / "fpn_kernels" if cache.is_absolute() else None
 
 
 def milliseconds(run: Callable[[], None]) -> float:
@@ -106,14 +115,17 @@ def _warn(doing: str, path: pathlib.Path, error: Exception) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, str]:
     try:
-        answers = json.loads(path.read_text())
+        # Anything else than a small file (a folder, a pipe, a device) would fail late, or never end.
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
+            raise ValueError(f"expected a file of at most {_LARGEST_FILE} bytes")
+        answers = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+            raise ValueError("expected an object of strings")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _warn("reading", path, error)
-        return {}
-    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
-        _warn("reading", path, ValueError("expected an object of strings"))
         return {}
     return answers
 
@@ -125,13 +137,14 @@ def _write(path: pathlib.Path, key: str, answer: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         answers = {**_read(path), key: answer}
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(answers, file, indent=1, sort_keys=True)
         os.replace(temporary, path)
     except OSError as error:
-        _warn("writing", path, error)
         if temporary is not None:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        _warn("writing", path, error)
 
 
 def _times(candidates: Sequence[Candidate], run: Callable[[Candidate], None]) -> dict[str, float]:
@@ -168,10 +181,11 @@ def fastest(
         return default
     versions = (__version__, torch.__version__, triton.__version__)
     key = " ".join(map(str, (operator, tensor.dtype, *call, *versions)))
-    path = directory() / ("".join(c if c.isalnum() else "-" for c in device) + ".json")
+    folder = directory()
+    path = pathlib.Path(folder or "", "".join(c if c.isalnum() else "-" for c in device) + ".json")
     with _lock:
         if path not in _answers:
-            _answers[path] = _read(path)
+            _answers[path] = {} if folder is None else _read(path)
         known = {repr(candidate): candidate for candidate in candidates}
         answer = _answers[path].get(key)
         if answer not in known:
@@ -179,5 +193,6 @@ def fastest(
             measurements.append(Measurement(operator, " ".join(map(str, call)), repr(default), times))
             known.setdefault(repr(default), default)
             answer = _answers[path][key] = min(times, key=times.__getitem__) if times else repr(default)
-            _write(path, key, answer)
+            if folder is not None:
+                _write(path, key, answer)
         return known[answer]

@@ -1,13 +1,15 @@
-"""Why the Triton kernels cannot serve a call, stated once each; nothing here imports Triton or touches a device."""
+"""Why the Triton kernels cannot serve a call, stated once each.
+
+Importing this file imports no Triton; `unavailable` does where nothing else is missing.
+"""
 
 from __future__ import annotations
 
 import functools
+import glob
 import importlib
-import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import shutil
 import sys
 import sysconfig
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpn_kernels import compatibility
 from fpn_kernels.backends.triton import geometry
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,20 +39,43 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 @functools.cache
 def _triton_version() -> str | None:
-    """Triton's version, from its package metadata where there is any; None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return str(importlib.import_module("triton").__version__)
+    """Triton's version by its package metadata, "" where there is none; None where nothing is named `triton`."""
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return None
+    except (ImportError, ValueError):
+        pass  # a stub in `sys.modules` without `__spec__`: `_import_error` shows what it lacks
+    return next(filter(None, map(compatibility.version_of, _DISTRIBUTIONS)), "")
 
 
-def _too_old(version: str) -> bool:
-    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
-    return tuple(numbers) < _OLDEST
+@functools.cache
+def _import_error() -> str | None:
+    """Why the kernels cannot be imported, or None.
+
+    A folder or a stub may have Triton's name, another package may shadow it, and Triton itself may raise.
+    """
+    try:
+        # Together they import all of Triton that the kernels use.
+        for name in ("device", "output_conv"):
+            importlib.import_module(f"{__package__}.{name}")
+        version = str(importlib.import_module("triton").__version__)
+    except Exception as error:  # whatever a module of somebody else's raises
+        return f"the module triton of {_place_of_triton()} does not work: {type(error).__name__}: {error}"
+    return f"Triton {version} is older than {_needed()}" if compatibility.older_than(_OLDEST, version) else None
+
+
+def _place_of_triton() -> str:
+    try:
+        spec = importlib.util.find_spec("triton")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return "sys.modules"
+    return spec.origin or next(iter(spec.submodule_search_locations or ()), "an unknown place")
+
+
+def _needed() -> str:
+    return ".".join(map(str, _OLDEST))
 
 
 @functools.cache
@@ -60,13 +86,14 @@ def _cannot_build() -> str | None:
         return None
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     cache = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
-    if any(pathlib.Path(cache).glob("*/cuda_utils*.so")):
+    # Not by `pathlib`, which raises where a folder above may not be read.
+    if glob.glob(os.path.join(glob.escape(cache), "*", "cuda_utils*.so")):
         return None  # compiled before, here or where the cache came from
     if not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton needs a C compiler to launch kernels: install gcc or clang, or set CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks
     include = sysconfig.get_path("include", scheme)
-    if not pathlib.Path(include, "Python.h").is_file():
+    if not os.path.isfile(os.path.join(include, "Python.h")):
         return f"Triton needs Python's headers to launch kernels: {include}/Python.h is not there (python3-dev has it)"
     return None
 
@@ -75,15 +102,15 @@ def unavailable() -> str | None:
     version = _triton_version()
     if version is None:
         return "Triton is not installed"
-    if _too_old(version):
-        return f"Triton {version} is older than {'.'.join(map(str, _OLDEST))}"
-    if INTERPRETED:
-        return None
-    if torch.version.cuda is None:
-        return "this PyTorch was built without CUDA (and TRITON_INTERPRET is not set)"
-    if not torch.cuda.is_available():
-        return "no CUDA device (and TRITON_INTERPRET is not set)"
-    return _cannot_build()
+    if compatibility.older_than(_OLDEST, version):
+        return f"Triton {version} is older than {_needed()}"
+    if not INTERPRETED:
+        if torch.version.cuda is None:
+            return "this PyTorch was built without CUDA (and TRITON_INTERPRET is not set)"
+        if not torch.cuda.is_available():
+            return "no CUDA device (and TRITON_INTERPRET is not set)"
+    # Imported no earlier: what only runs on a CPU does not wait for it.
+    return _import_error() or (None if INTERPRETED else _cannot_build())
 
 
 @functools.cache

@@ -31,6 +31,12 @@ def needs_int64(*tensors: Tensor) -> bool:
     return any(sum((n - 1) * s for n, s in zip(t.shape, strides(t), strict=True)) > INT32_REACH for t in tensors)
 
 
+def common_divisor(tensor: Tensor, dim: int, *counts: int) -> int:
+    """`alignment` by strides alone: that of a tensor whose start is aligned."""
+    steps = strides(tensor)
+    return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts) if steps[dim] == 1 else 0
+
+
 def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     """How far a run of elements along `dim` may be vectorised: 0 where its stride is not 1, else 1 to 16 elements.
 
@@ -38,12 +44,8 @@ def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     sees these numbers only at run time and cannot assume it.  That the start is aligned to 16 bytes Triton finds out
     for itself, and there is nothing to vectorise where it is not.
     """
-    steps = strides(tensor)
-    if steps[dim] != 1:
-        return 0
-    if tensor.data_ptr() % _ALIGNED_BYTES:
-        return 1
-    return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts)
+    divisor = common_divisor(tensor, dim, *counts)
+    return 1 if divisor > 1 and tensor.data_ptr() % _ALIGNED_BYTES else divisor
 
 
 def full_access(tensor: Tensor) -> int:
