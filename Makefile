@@ -109,7 +109,7 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FPN_KERNELS_LIBRARY=build/sanitize/lib/fpn_kernels/_native.so \
-	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/test_upsample_add.py tests/test_lateral_connection.py tests/test_output_conv.py tests/test_weighted_merge.py tests/test_native.py tests/test_native_reorder.py tests/test_native_output_conv.py tests/test_native_output_conv_backward_weight.py tests/test_native_output_conv_backward_weight_floats.py tests/test_native_lateral_connection.py tests/test_native_lateral_connection_floats.py
+	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/test_upsample_add.py tests/test_lateral_connection.py tests/test_output_conv.py tests/test_weighted_merge.py tests/test_native.py tests/test_native_arguments.py tests/test_native_reorder.py tests/test_native_output_conv.py tests/test_native_output_conv_backward_weight.py tests/test_native_output_conv_backward_weight_floats.py tests/test_native_lateral_connection.py tests/test_native_lateral_connection_floats.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

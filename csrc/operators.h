@@ -1,6 +1,7 @@
 // The operators of the compiled library, `torch.ops.fpn_kernels_native.*`: schemas in library.cpp.
 //
-// Arguments arrive checked (fpn_kernels/operators/checks.py) and results allocated (fpn_kernels/backends/layouts.py).
+// Results arrive allocated (fpn_kernels/backends/layouts.py).  Each operator checks dtype, device, sizes and strides of
+// every tensor before it takes a pointer (common/tensors.h): a wrong argument raises RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +15,7 @@ using torch::stable::Tensor;
 
 void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double gain, Tensor out);
 void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top);
-// Whether it served: where not, nothing was written.  bias is float32, top not null only where there is one.
+// Whether it served: where not, nothing was written.  bias is float32, its numbers side by side.
 bool lateral_connection(
     const Tensor& feature,
     const Tensor& weight,

@@ -25,12 +25,10 @@ MODES = (*NEAREST_MODES, "bilinear")
 
 def scale(in_size: int, out_size: int) -> float:
     """Source pixels to one destination pixel, ``float32(in) / float32(out)``, as a Python float."""
-    return float(torch.tensor(in_size, dtype=torch.float32) / torch.tensor(out_size, dtype=torch.float32))
+    return _float32(_float32(in_size) / _float32(out_size))
 
 
-def source_index(
-    in_size: int, out_size: int, mode: str = "nearest", device: torch.device | str | None = None
-) -> Tensor:
+def source_index(in_size: int, out_size: int, mode: str = "nearest", device: torch.device | str = "cpu") -> Tensor:
     """The pixel that each destination pixel reads along one axis, in the nearest modes.
 
     ``nearest``: ``min(floor(dst * scale), in - 1)``; ``nearest-exact``: ``min(floor((dst + 0.5) * scale), in - 1)``,
@@ -57,12 +55,12 @@ def source_ranges(source: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``(start, stop)``, int64 ``[in_size]`` each; empty where no destination pixel reads the source pixel.
     """
-    edges = torch.searchsorted(source, torch.arange(in_size + 1, device=source.device))
+    edges = torch.searchsorted(source, torch.arange(in_size + 1, dtype=torch.int64, device=source.device))
     return edges[:-1], edges[1:]
 
 
 def bilinear_weights(
-    in_size: int, out_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    in_size: int, out_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two source pixels of each destination pixel and the weight of the second (align_corners=False).
 
@@ -97,7 +95,7 @@ def indices_agree(in_size: int, out_size: int, mode: str, dtype: torch.dtype) ->
     """
     if in_size == out_size or (mode == "nearest" and dtype != torch.float64):
         return True
-    destination = torch.arange(out_size, dtype=torch.float64)
+    destination = torch.arange(out_size, dtype=torch.float64, device="cpu")
     if mode == "nearest-exact":
         position = (destination + 0.5) * (in_size / out_size)
         clearance = (position - position.round()).abs()

@@ -13,9 +13,9 @@ namespace fpn::cpu {
 // A weight's room packed, and the bias in float32, with room for whole panels.
 class AmxOperands {
  public:
-  AmxOperands(const Tensor& weight, const int64_t (&strides)[4], int64_t taps, const std::optional<Tensor>& bias)
+  AmxOperands(const Argument& weight, const int64_t (&strides)[4], int64_t taps, const Argument* bias)
       : weight_{
-            weight.const_data_ptr(),
+            weight.data(),
             strides[0],
             strides[1],
             strides[2],
@@ -29,7 +29,7 @@ class AmxOperands {
         room_(weight_.panels * weight_.chunks * taps * amx_panel_bytes),
         bias_(static_cast<size_t>(weight_.panels * amx_panel_channels)) {
     weight_.packed = room_.data();
-    for (int64_t i = 0; bias.has_value() && i < weight_.cout; ++i) bias_[static_cast<size_t>(i)] = element(*bias, i);
+    for (int64_t i = 0; bias != nullptr && i < weight_.cout; ++i) bias_[static_cast<size_t>(i)] = element(*bias, i);
   }
 
   void pack() const {
@@ -42,12 +42,10 @@ class AmxOperands {
 
  private:
   // Of a bias in bfloat16, or in float32.
-  static float element(const Tensor& bias, int64_t index) {
+  static float element(const Argument& bias, int64_t index) {
     const int64_t at = index * bias.stride(0);
-    if (bias.scalar_type() == torch::headeronly::ScalarType::Float) {
-      return static_cast<const float*>(bias.const_data_ptr())[at];
-    }
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias.const_data_ptr())[at]) << 16;
+    if (bias.dtype() == Dtype::float32) return static_cast<const float*>(bias.data())[at];
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(bias.data())[at]) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;

@@ -5,6 +5,7 @@
 
 #include "lateral_connection.h"
 
+#include "../operators.h"
 #include "capability.h"
 #include "maps.h"
 #include "tables.h"
@@ -54,48 +55,59 @@ bool faster(const LateralConnection& call, int64_t batch) {
 }  // namespace
 
 bool lateral_connection(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const std::optional<Tensor>& top,
-    int64_t mode,
+    const Tensor& feature_tensor,
+    const Tensor& weight_tensor,
+    const Tensor& bias_tensor,
+    const std::optional<Tensor>& top_tensor,
+    int64_t mode_number,
     double gain,
-    Tensor out) {
+    Tensor out_tensor) {
+  const Mode mode = mode_of(mode_number);
+  const Argument feature("feature", feature_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument weight("weight", weight_tensor, {any, feature.size(1)}, feature);
+  const int64_t batch = feature.size(0), cout = weight.size(0);
+  const Argument bias("bias", bias_tensor, {cout}, feature, {Dtype::float32});
+  bias.check_dense_vector();
+  const Optional optional_top("top", top_tensor, {batch, cout, any, any}, feature);
+  const Argument* top = optional_top.get();
+  const Output out("out", out_tensor, {batch, cout, feature.size(2), feature.size(3)}, feature);
+  out.check_apart({&feature, &weight, &bias, top});
   LateralConnection call{};
-  call.dtype = dtype_of(feature);
+  call.dtype = feature.dtype();
+  call.out = out.result();
+  if (out.numel() == 0 || feature.numel() == 0) return false;
+  if (top != nullptr) top->check_pixels();
   const Product product = product_of(call.dtype);
   if (product == Product::none) return false;
   if (product == Product::tiles) {
-    return lateral_connection_bfloat16(feature, weight, bias, top, static_cast<Mode>(mode), gain, out);
+    return lateral_connection_bfloat16(feature, weight, bias, top, mode, gain, out);
   }
-  call.feature = map_of(feature);
-  call.out = result_of(out);
+  call.feature = feature.map();
   call.channels_last = call.out.stride_x != 1;
   call.feature_channels_last = call.feature.stride_x != 1;
   const bool feature_fits = evenly_spaced(call.feature) &&
       (call.feature_channels_last ? call.feature.stride_c == 1 && call.channels_last : true);
   if (!feature_fits) return false;
-  if (top.has_value()) {
-    call.top = map_of(*top);
+  if (top != nullptr) {
+    call.top = top->map();
     if (!top_fits(call.top, call.channels_last)) return false;
   }
   call.height = call.feature.height;
   call.width = call.feature.width;
   call.cin = feature.size(1);
-  call.cout = weight.size(0);
-  const int64_t batch = feature.size(0);
+  call.cout = cout;
   if (!faster(call, batch)) return false;
-  call.weight_from = weight.const_data_ptr();
+  call.weight_from = weight.data();
   call.weight_row_stride = weight.stride(0);
   call.weight_column_stride = weight.stride(1);
-  call.bias = static_cast<const float*>(bias.const_data_ptr());
+  call.bias = static_cast<const float*>(bias.data());
   call.gain = gain;
-  call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
+  call.bilinear = mode == Mode::bilinear;
   const bool pairs = product == Product::pairs;
   call.operands = pairs ? divide_up(call.cin, 2) : call.cin;
-  const int64_t top_height = top.has_value() ? call.top.height : 1, top_width = top.has_value() ? call.top.width : 1;
-  const ForwardTable rows(top_height, call.height, static_cast<Mode>(mode), call.dtype);
-  const ForwardTable columns(top_width, call.width, static_cast<Mode>(mode), call.dtype);
+  const int64_t top_height = top != nullptr ? call.top.height : 1, top_width = top != nullptr ? call.top.width : 1;
+  const ForwardTable rows(top_height, call.height, mode, call.dtype);
+  const ForwardTable columns(top_width, call.width, mode, call.dtype);
   call.rows = rows.axis();
   call.columns = columns.axis();
   choose_blocks(call, batch);

@@ -2,17 +2,17 @@
 #pragma once
 
 #include "../common/resampling.h"
-#include "../operators.h"
+#include "../common/tensors.h"
 
 namespace fpn::cpu {
 
 bool lateral_connection_bfloat16(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const std::optional<Tensor>& top,
+    const Argument& feature,
+    const Argument& weight,
+    const Argument& bias,
+    const Argument* top,
     Mode mode,
     double gain,
-    const Tensor& out);
+    const Output& out);
 
 }  // namespace fpn::cpu

@@ -42,21 +42,20 @@ void choose_blocks(AmxLateralConnection& all, int64_t batch) {
 }  // namespace
 
 bool lateral_connection_bfloat16(
-    const Tensor& feature,
-    const Tensor& weight,
-    const Tensor& bias,
-    const std::optional<Tensor>& top,
+    const Argument& feature,
+    const Argument& weight,
+    const Argument& bias,
+    const Argument* top,
     Mode mode,
     double gain,
-    const Tensor& out) {
-  if (feature.numel() == 0) return false;
+    const Output& out) {
   AmxLateralConnection all{};
   LateralConnection& call = all.call;
   call.dtype = Dtype::bfloat16;
-  call.feature = map_of(feature);
-  call.out = result_of(out);
-  if (top.has_value()) {
-    call.top = map_of(*top);
+  call.feature = feature.map();
+  call.out = out.result();
+  if (top != nullptr) {
+    call.top = top->map();
     if (call.top.stride_c != 1 && weight.size(0) > 1) return false;
   }
   call.height = call.feature.height;
@@ -65,12 +64,12 @@ bool lateral_connection_bfloat16(
   call.cout = weight.size(0);
   call.gain = gain;
   call.bilinear = mode == Mode::bilinear;
-  const ForwardTable rows(top.has_value() ? call.top.height : 1, call.height, mode, call.dtype);
-  const ForwardTable columns(top.has_value() ? call.top.width : 1, call.width, mode, call.dtype);
+  const ForwardTable rows(top != nullptr ? call.top.height : 1, call.height, mode, call.dtype);
+  const ForwardTable columns(top != nullptr ? call.top.width : 1, call.width, mode, call.dtype);
   call.rows = rows.axis();
   call.columns = columns.axis();
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), 0, 0};
-  const AmxOperands operands(weight, strides, 1, bias);
+  const AmxOperands operands(weight, strides, 1, &bias);
   all.weight = operands.weight();
   call.bias = operands.bias();
   const int64_t batch = feature.size(0);

@@ -12,18 +12,7 @@
 
 namespace fpn::cpu {
 
-using torch::stable::Tensor;
-
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// One of the numbers of a float32 or float64 vector.
-inline double number_of(const Tensor& vector, int64_t index) {
-  const int64_t place = vector.dim() == 0 ? 0 : index * vector.stride(0);
-  if (vector.scalar_type() == torch::headeronly::ScalarType::Double) {
-    return static_cast<const double*>(vector.const_data_ptr())[place];
-  }
-  return static_cast<double>(static_cast<const float*>(vector.const_data_ptr())[place]);
-}
 
 // Pixels one after the other at one distance, whether along a row or from one row to the next.
 inline bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride_y == map.width * map.stride_x; }
@@ -32,15 +21,16 @@ inline bool evenly_spaced(const Map& map) { return map.height == 1 || map.stride
 constexpr int64_t streaming_bytes = int64_t{24} << 20;
 
 // Whether a result is so large that it is best written past the caches, and its lines allow it.
-inline bool may_stream(const Tensor& out, Dtype dtype) {
-  const int64_t element = element_size(dtype), line = (out.stride(3) == 1 ? out.size(3) : out.size(1)) * element;
-  return out.numel() * element >= streaming_bytes && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
+inline bool may_stream(const Output& out) {
+  const int64_t element = element_size(out.dtype());
+  const int64_t line = (out.result().stride_x == 1 ? out.size(3) : out.size(1)) * element;
+  return out.numel() * element >= streaming_bytes && reinterpret_cast<uintptr_t>(out.data()) % 64 == 0 &&
       line % 64 == 0;
 }
 
 // Small planes of contiguous NCHW maps are taken as one row each, of a single image of one channel: a loop over the
 // rows of a 64 x 64 map costs as much as what it moves.
-inline bool planes_are_rows(const Tensor& map) {
+inline bool planes_are_rows(const Argument& map) {
   return map.is_contiguous() && map.size(2) * map.size(3) <= 16384;
 }
 

@@ -33,26 +33,30 @@ std::vector<double> per_channel(
 }  // namespace
 
 void merge_backward(
-    const Tensor& grad,
-    const std::optional<Tensor>& own,
+    const Tensor& grad_tensor,
+    const std::optional<Tensor>& own_tensor,
     int64_t mode,
     double gain,
-    Tensor grad_top,
-    Tensor grad_bias) {
-  STD_TORCH_CHECK(
-      !own || (own->scalar_type() == grad_top.scalar_type() && same_strides(*own, grad_top)),
-      "own: expected the dtype and the strides of grad_top");
-  STD_TORCH_CHECK(
-      grad_bias.scalar_type() == torch::headeronly::ScalarType::Double && grad_bias.is_contiguous(),
-      "grad_bias: expected a contiguous float64 tensor");
-  bool channels_last = false;
+    Tensor grad_top_tensor,
+    Tensor grad_bias_tensor) {
+  const Argument grad("grad", grad_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
   const int64_t channels = grad.size(1);
-  const int64_t units = backward_units(grad, grad_top, channels_last);
+  const Output grad_top("grad_top", grad_top_tensor, {grad.size(0), channels, any, any}, grad);
+  const Optional own("own", own_tensor, {grad.size(0), channels, grad_top.size(2), grad_top.size(3)}, grad);
+  const Output grad_bias("grad_bias", grad_bias_tensor, {channels}, grad, Dtype::float64);
+  grad_bias.check_dense_vector();
+  grad_top.check_apart({&grad, own.get(), &grad_bias});
+  grad_bias.check_apart({&grad, own.get()});
+  STD_TORCH_CHECK(
+      own.get() == nullptr || grad_top.has_strides_of(*own.get()), "own: expected the strides of grad_top");
+  grad.check_pixels();
+  grad_top.check_pixels();
+  const bool channels_last = grad_top.result().stride_x != 1;
+  const int64_t units = backward_units(grad, grad_top);
   std::vector<double> sums(units * (channels_last ? channels : 1));
-  gather_gradient(
-      grad, own ? own->const_data_ptr() : nullptr, static_cast<Mode>(mode), gain, grad_top, sums.data());
+  gather_gradient(grad, own.get(), mode_of(mode), gain, grad_top, sums.data());
   const std::vector<double> totals = per_channel(sums, grad.size(0), channels, grad_top.size(2), channels_last);
-  double* out = static_cast<double*>(grad_bias.mutable_data_ptr());
+  double* out = static_cast<double*>(grad_bias.data());
   for (int64_t c = 0; c < channels; ++c) out[c] = gain * totals[c];
 }
 

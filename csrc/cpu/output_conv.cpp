@@ -3,6 +3,7 @@
 
 #include "output_conv.h"
 
+#include "../operators.h"
 #include "capability.h"
 #include "output_conv_scratch.h"
 
@@ -37,16 +38,27 @@ void choose_block(OutputConv& call) {
 
 }  // namespace
 
-bool output_conv(const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
-  if (product_of(dtype_of(feature)) == Product::tiles) return output_conv_bfloat16(feature, weight, bias, out);
+bool output_conv(
+    const Tensor& feature_tensor,
+    const Tensor& weight_tensor,
+    const std::optional<Tensor>& bias_tensor,
+    Tensor out_tensor) {
+  const Argument feature("feature", feature_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument weight("weight", weight_tensor, {any, feature.size(1), 3, 3}, feature);
+  const Optional optional_bias("bias", bias_tensor, {weight.size(0)}, feature);
+  const Argument* bias = optional_bias.get();
+  const Output out("out", out_tensor, {feature.size(0), weight.size(0), feature.size(2), feature.size(3)}, feature);
+  const Result result = out.result();
+  out.check_apart({&feature, &weight, bias});
+  if (out.numel() == 0 || feature.numel() == 0) return false;
+  if (product_of(feature.dtype()) == Product::tiles) return output_conv_bfloat16(feature, weight, bias, out);
   OutputConv call = convolution_of(feature, weight.size(0));
   if (!faster(call)) return false;
-  if (call.cout == 0) return true;
-  call.out = result_of(out);
-  call.weight_from = weight.const_data_ptr();
+  call.out = result;
+  call.weight_from = weight.data();
   for (int i = 0; i < 4; ++i) call.weight_strides[i] = weight.stride(i);
-  if (bias.has_value()) {
-    call.bias_from = bias->const_data_ptr();
+  if (bias != nullptr) {
+    call.bias_from = bias->data();
     call.bias_stride = bias->stride(0);
   }
   call.feature_channels_last = call.feature.stride_c == 1 && call.feature.stride_x != 1;

@@ -1,16 +1,15 @@
 // The ways to compute the 3x3 convolution; each returns false where it is not the one for this CPU and dtype.
 #pragma once
 
-#include "../operators.h"
 #include "maps.h"
 
 namespace fpn::cpu {
 
 // The convolution of a feature as its gradient needs it, too: dtype, feature, sizes and tiles.
-inline OutputConv convolution_of(const Tensor& feature, int64_t cout) {
+inline OutputConv convolution_of(const Argument& feature, int64_t cout) {
   OutputConv call{};
-  call.dtype = dtype_of(feature);
-  call.feature = map_of(feature);
+  call.dtype = feature.dtype();
+  call.feature = feature.map();
   call.batch = feature.size(0);
   call.cin = feature.size(1);
   call.cout = cout;
@@ -21,6 +20,6 @@ inline OutputConv convolution_of(const Tensor& feature, int64_t cout) {
 }
 
 bool output_conv_bfloat16(
-    const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out);
+    const Argument& feature, const Argument& weight, const Argument* bias, const Output& out);
 
 }  // namespace fpn::cpu

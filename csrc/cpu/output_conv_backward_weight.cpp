@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../operators.h"
 #include "capability.h"
 #include "output_conv.h"
 #include "output_conv_scratch.h"
@@ -55,22 +56,32 @@ void place(OutputConvBackwardWeight& call) {
 }  // namespace
 
 bool output_conv_backward_weight(
-    const Tensor& grad, const Tensor& feature, Tensor grad_weight, std::optional<Tensor> grad_bias) {
+    const Tensor& grad_tensor,
+    const Tensor& feature_tensor,
+    Tensor grad_weight_tensor,
+    std::optional<Tensor> grad_bias_tensor) {
+  const Argument grad("grad", grad_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument feature("feature", feature_tensor, {grad.size(0), any, grad.size(2), grad.size(3)}, grad);
+  const Output grad_weight("grad_weight", grad_weight_tensor, {grad.size(1), feature.size(1), 3, 3}, grad);
+  const Optional<Output> optional_bias("grad_bias", grad_bias_tensor, {grad.size(1)}, grad, Dtype::float64);
+  const Output* grad_bias = optional_bias.get();
+  const Result result = grad_weight.result();
+  grad_weight.check_apart({&grad, &feature, grad_bias});
   double* bias_sums = nullptr;
-  if (grad_bias.has_value()) {
-    STD_TORCH_CHECK(
-        grad_bias->scalar_type() == torch::headeronly::ScalarType::Double && grad_bias->is_contiguous(),
-        "grad_bias: expected a contiguous float64 tensor");
-    bias_sums = static_cast<double*>(grad_bias->mutable_data_ptr());
+  if (grad_bias != nullptr) {
+    grad_bias->check_dense_vector();
+    grad_bias->check_apart({&grad, &feature});
+    bias_sums = static_cast<double*>(grad_bias->data());
   }
-  if (product_of(dtype_of(grad)) == Product::tiles) {
+  if (grad.numel() == 0 || feature.numel() == 0) return false;
+  if (product_of(grad.dtype()) == Product::tiles) {
     return output_conv_backward_weight_bfloat16(grad, feature, grad_weight, bias_sums);
   }
   OutputConvBackwardWeight call{};
   call.conv = convolution_of(feature, grad.size(1));
-  call.grad = map_of(grad);
+  call.grad = grad.map();
   if (!faster(call) || call.grad.stride_c != 1 || call.conv.feature.stride_c != 1) return false;
-  call.out = result_of(grad_weight);
+  call.out = result;
   call.bias_sums = bias_sums;
   call.block = block_tiles;
   choose_parts(call);

@@ -65,15 +65,14 @@ void place(AmxOutputConvBackwardWeight& call) {
 }  // namespace
 
 bool output_conv_backward_weight_bfloat16(
-    const Tensor& grad, const Tensor& feature, const Tensor& grad_weight, double* bias_sums) {
+    const Argument& grad, const Argument& feature, const Output& grad_weight, double* bias_sums) {
   AmxOutputConvBackwardWeight call{};
-  call.grad = map_of(grad);
-  call.feature = map_of(feature);
-  call.out = result_of(grad_weight);
+  call.grad = grad.map();
+  call.feature = feature.map();
+  call.out = grad_weight.result();
   call.batch = grad.size(0);
   call.cout = grad.size(1);
   call.cin = feature.size(1);
-  if (grad.numel() == 0 || feature.numel() == 0) return false;
   call.panels = divide_up(call.cout, amx_panel_channels);
   call.chunks = divide_up(call.cin, amx_tile_channels);
   // The feature's rows above and below a block would be most of what is copied: at a width of 8,000 PyTorch's own took

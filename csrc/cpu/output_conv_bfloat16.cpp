@@ -48,17 +48,15 @@ void choose_blocks(AmxOutputConv& call) {
 }  // namespace
 
 bool output_conv_bfloat16(
-    const Tensor& feature, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-  if (product_of(Dtype::bfloat16) != Product::tiles || feature.numel() == 0) return false;
+    const Argument& feature, const Argument& weight, const Argument* bias, const Output& out) {
   AmxOutputConv call{};
-  call.feature = map_of(feature);
-  call.out = result_of(out);
+  call.feature = feature.map();
+  call.out = out.result();
   call.batch = feature.size(0);
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   const AmxOperands operands(weight, strides, 9, bias);
   call.weight = operands.weight();
   call.bias = operands.bias();
-  if (call.weight.cout == 0) return true;
   choose_tiles(call);
   choose_blocks(call);
   operands.pack();

@@ -22,11 +22,14 @@ bool may_stream(const Reorder& call, int64_t numel) {
 
 }  // namespace
 
-void reorder(const Tensor& source, Tensor out) {
+void reorder(const Tensor& source_tensor, Tensor out_tensor) {
+  const Argument source("source", source_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Output out("out", out_tensor, source.sizes(), source);
+  out.check_apart({&source});
   Reorder call{};
-  call.element = element_size(dtype_of(source));
-  call.source = map_of(source);
-  call.out = result_of(out);
+  call.element = element_size(source.dtype());
+  call.source = source.map();
+  call.out = out.result();
   call.channels = source.size(1);
   const bool one_line = evenly_spaced(call.source);
   call.lines = one_line ? 1 : call.source.height;

@@ -1,5 +1,7 @@
 #include "tables.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 
 namespace fpn::cpu {
@@ -32,6 +34,7 @@ const T* or_null(const std::vector<T>& values) {
 }  // namespace
 
 ForwardTable::ForwardTable(int64_t in_size, int64_t out_size, Mode mode, Dtype dtype) : lower_(out_size) {
+  STD_TORCH_CHECK(in_size <= INT32_MAX, "expected at most 2^31 - 1 pixels along an axis, got ", in_size);
   if (mode == Mode::bilinear) {
     if (dtype == Dtype::float64) {
       fill_bilinear(in_size, out_size, lower_, upper_, weight64_);
@@ -55,6 +58,7 @@ ForwardAxis ForwardTable::axis() const {
 
 AdjointTable::AdjointTable(int64_t in_size, int64_t out_size, Mode mode, Dtype dtype)
     : begin_(in_size), count_(in_size), own_begin_(in_size), own_count_(in_size) {
+  STD_TORCH_CHECK(out_size <= INT32_MAX, "expected at most 2^31 - 1 pixels along an axis, got ", out_size);
   const ForwardTable forward(in_size, out_size, mode, dtype);
   const std::vector<int32_t>& lower = forward.lower_;
   const std::vector<int32_t>& upper = forward.upper_.empty() ? forward.lower_ : forward.upper_;

@@ -18,24 +18,40 @@ int64_t scratch_bytes(const UpsampleAdd& call) {
   return held_rows_bytes(width, top_width) + line_bytes(width, 8);
 }
 
+// Elements of the widest vector.
+constexpr int64_t most_vector = 16;
+
+// Whether each vector is read before it is written: the last of a line may begin before the end of the one before it.
+bool in_place(const UpsampleAdd& call, const Output& out, const Argument& lateral) {
+  const int64_t line = call.channels_last ? call.channels : call.lateral.width;
+  return out.is(lateral) && line % most_vector == 0;
+}
+
 }  // namespace
 
-void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double gain, Tensor out) {
-  const Dtype dtype = dtype_of(lateral);
+void upsample_add(
+    const Tensor& top_tensor, const Tensor& lateral_tensor, int64_t mode_number, double gain, Tensor out_tensor) {
+  const Mode mode = mode_of(mode_number);
+  const Argument lateral("lateral", lateral_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument top("top", top_tensor, {lateral.size(0), lateral.size(1), any, any}, lateral);
+  const Output out("out", out_tensor, lateral.sizes(), lateral);
   UpsampleAdd call{};
-  call.dtype = dtype;
-  call.top = map_of(top);
-  call.lateral = map_of(lateral);
-  call.out = result_of(out);
+  call.dtype = lateral.dtype();
+  call.top = top.map();
+  call.lateral = lateral.map();
+  call.out = out.result();
   call.channels = lateral.size(1);
-  const ForwardTable rows(call.top.height, call.lateral.height, static_cast<Mode>(mode), dtype);
-  const ForwardTable columns(call.top.width, call.lateral.width, static_cast<Mode>(mode), dtype);
+  call.gain = gain;
+  call.bilinear = mode == Mode::bilinear;
+  call.channels_last = call.out.stride_x != 1;
+  call.streaming = may_stream(out);
+  out.check_apart({&top, in_place(call, out, lateral) ? nullptr : &lateral});
+  if (out.numel() == 0) return;
+  top.check_pixels();
+  const ForwardTable rows(call.top.height, call.lateral.height, mode, call.dtype);
+  const ForwardTable columns(call.top.width, call.lateral.width, mode, call.dtype);
   call.rows = rows.axis();
   call.columns = columns.axis();
-  call.gain = gain;
-  call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
-  call.channels_last = call.out.stride_x != 1;
-  call.streaming = may_stream(out, dtype);
   const int64_t batch = lateral.size(0), height = call.lateral.height, width = call.lateral.width;
   const int64_t units = call.channels_last ? batch * height : batch * call.channels * height;
   const int64_t elements = call.channels_last ? width * call.channels : width;

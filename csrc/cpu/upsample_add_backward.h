@@ -7,10 +7,10 @@
 namespace fpn::cpu {
 
 // Units of the kernel, and of its sums for the bias.
-int64_t backward_units(const Tensor& grad, const Tensor& grad_top, bool& channels_last);
+int64_t backward_units(const Argument& grad, const Output& grad_top);
 
 // own: null, or a map with the strides of grad_top.  bias_sums: null, or room for the sums of every unit.  See kernels.h.
 void gather_gradient(
-    const Tensor& grad, const void* own, Mode mode, double gain, const Tensor& grad_top, double* bias_sums);
+    const Argument& grad, const Argument* own, Mode mode, double gain, const Output& grad_top, double* bias_sums);
 
 }  // namespace fpn::cpu

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <optional>
 
 #include "../operators.h"
@@ -43,37 +44,48 @@ void normalize(WeightedMerge& call, double eps) {
 }  // namespace
 
 void weighted_merge(
-    const Tensor& first,
-    const Tensor& second,
-    const std::optional<Tensor>& third,
-    const Tensor& weights,
+    const Tensor& first_tensor,
+    const Tensor& second_tensor,
+    const std::optional<Tensor>& third_tensor,
+    const Tensor& weights_tensor,
     bool relu,
     double eps,
-    int64_t mode,
-    Tensor out) {
-  const Dtype dtype = dtype_of(first);
+    int64_t mode_number,
+    Tensor out_tensor) {
+  const Mode mode = mode_of(mode_number);
+  const Argument first("first", first_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument second("second", second_tensor, {first.size(0), first.size(1), any, any}, first);
+  const Optional third("third", third_tensor, {first.size(0), first.size(1), any, any}, first);
+  const int64_t count = third.get() == nullptr ? 2 : 3;
+  const Argument weights("weights", weights_tensor, {count}, first, {Dtype::float32, Dtype::float64});
+  const Output out("out", out_tensor, first.sizes(), first);
+  out.check_apart({&first, &second, third.get(), &weights});
+  STD_TORCH_CHECK(eps >= 0 && eps < INFINITY, "eps: expected a finite number of at least 0, got ", eps);
+  const Dtype dtype = first.dtype();
   const int64_t batch = first.size(0), height = first.size(2), width = first.size(3);
-  const Tensor* inputs[3] = {&first, &second, third.has_value() ? &third.value() : nullptr};
+  const Argument* inputs[3] = {&first, &second, third.get()};
   WeightedMerge call{};
   call.dtype = dtype;
-  call.out = result_of(out);
+  call.out = out.result();
   call.channels = first.size(1);
   call.height = height;
   call.width = width;
-  call.bilinear = static_cast<Mode>(mode) == Mode::bilinear;
+  call.bilinear = mode == Mode::bilinear;
   call.channels_last = call.out.stride_x != 1;
-  call.streaming = may_stream(out, dtype);
+  call.streaming = may_stream(out);
+  if (out.numel() == 0) return;
   std::optional<ForwardTable> tables[6];
   bool flat = true;
-  while (call.count < 3 && inputs[call.count] != nullptr) {
+  while (call.count < count) {
     WeightedMap& input = call.inputs[call.count];
-    input.map = map_of(*inputs[call.count]);
-    input.factor = number_of(weights, call.count);
+    inputs[call.count]->check_pixels();
+    input.map = inputs[call.count]->map();
+    input.factor = weights.number(call.count);
     input.resized = input.map.height != height || input.map.width != width;
     if (input.resized) {
       std::optional<ForwardTable>*rows = tables + 2 * call.count, *columns = rows + 1;
-      rows->emplace(input.map.height, height, static_cast<Mode>(mode), dtype);
-      columns->emplace(input.map.width, width, static_cast<Mode>(mode), dtype);
+      rows->emplace(input.map.height, height, mode, dtype);
+      columns->emplace(input.map.width, width, mode, dtype);
       input.rows = (*rows)->axis();
       input.columns = (*columns)->axis();
     }

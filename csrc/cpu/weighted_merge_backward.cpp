@@ -10,19 +10,27 @@
 namespace fpn::cpu {
 
 void weighted_merge_backward(
-    const Tensor& grad, const Tensor& input, const Tensor& factor, Tensor grad_input, Tensor grad_factor) {
-  STD_TORCH_CHECK(
-      grad_factor.scalar_type() == torch::headeronly::ScalarType::Double && grad_factor.numel() == 1,
-      "grad_factor: expected one float64 number");
+    const Tensor& grad_tensor,
+    const Tensor& input_tensor,
+    const Tensor& factor_tensor,
+    Tensor grad_input_tensor,
+    Tensor grad_factor_tensor) {
+  const Argument grad("grad", grad_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
+  const Argument input("input", input_tensor, grad.sizes(), grad);
+  const Argument factor("factor", factor_tensor, {}, grad, {Dtype::float32, Dtype::float64});
+  const Output grad_input("grad_input", grad_input_tensor, grad.sizes(), grad);
+  const Output grad_factor("grad_factor", grad_factor_tensor, {}, grad, Dtype::float64);
+  grad_input.check_apart({&grad, &input, &factor, &grad_factor});
+  grad_factor.check_apart({&grad, &input, &factor});
   WeightedMergeBackward call{};
-  call.dtype = dtype_of(grad);
-  call.grad = map_of(grad);
-  call.input = map_of(input);
-  call.grad_input = result_of(grad_input);
+  call.dtype = grad.dtype();
+  call.grad = grad.map();
+  call.input = input.map();
+  call.grad_input = grad_input.result();
   call.channels = grad.size(1);
-  call.factor = number_of(factor, 0);
+  call.factor = factor.number(0);
   call.channels_last = call.grad_input.stride_x != 1;
-  call.streaming = may_stream(grad_input, call.dtype);
+  call.streaming = may_stream(grad_input);
   const int64_t rows = grad.size(0) * call.grad.height;
   int64_t units = call.channels_last ? rows : rows * call.channels;
   int64_t elements = call.grad.width * (call.channels_last ? call.channels : 1);
@@ -43,7 +51,7 @@ void weighted_merge_backward(
   run_units(FPN_CHOOSE(weighted_merge_backward_rows), call, units, elements, scratch);
   double total = 0;
   for (const double sum : sums) total += sum;
-  *static_cast<double*>(grad_factor.mutable_data_ptr()) = total;
+  *static_cast<double*>(grad_factor.data()) = total;
 }
 
 }  // namespace fpn::cpu

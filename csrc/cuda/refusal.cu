@@ -11,6 +11,7 @@ __global__ void probe() {}
 }  // namespace
 
 std::string refusal(int64_t device) {
+  if (device < 0 || device > INT32_MAX) return cudaGetErrorString(cudaErrorInvalidDevice);
   // A graph may be under capture: no reason not to answer.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);

@@ -6,13 +6,18 @@
 
 namespace fpn::cuda {
 
-void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top) {
-  if (grad_top.numel() == 0) return;
+void upsample_add_backward(const Tensor& grad_tensor, int64_t mode, double gain, Tensor grad_top_tensor) {
+  const Argument grad("grad", grad_tensor, {any, any, any, any}, aoti_torch_device_type_cuda());
+  const Output grad_top("grad_top", grad_top_tensor, {grad.size(0), grad.size(1), any, any}, grad);
+  grad_top.check_apart({&grad});
+  grad.check_pixels();
+  grad_top.check_pixels();
   const UpsampleAddBackward call{
-      dtype_of(grad),   map_of(grad),     result_of(grad_top),     grad.size(0), grad.size(1),
-      grad_top.size(2), grad_top.size(3), static_cast<Mode>(mode), gain};
+      grad.dtype(),     grad.map(),       grad_top.result(), grad.size(0), grad.size(1),
+      grad_top.size(2), grad_top.size(3), mode_of(mode),     gain};
+  if (grad_top.numel() == 0) return;
   const Path path = path_of(call);
-  const Launcher launch(grad);
+  const Launcher launch(grad_tensor);
   switch (call.dtype) {
     case Dtype::float16: return run<Half>(call, path, launch);
     case Dtype::bfloat16: return run<BFloat16>(call, path, launch);

@@ -54,5 +54,5 @@ def allocator(shape: Sequence[int], memory_format: torch.memory_format) -> Calla
 
     With the strides found once, a result takes 1.5 us and not 2.9 (one core of Zen 3).
     """
-    strides = torch.empty(tuple(shape), device="meta", memory_format=memory_format).stride()
+    strides = torch.empty(tuple(shape), dtype=torch.float32, device="meta", memory_format=memory_format).stride()
     return lambda like: like.new_empty_strided(shape, strides)

@@ -94,7 +94,7 @@ def merge_backward(
     ) -> tuple[Tensor, Tensor]:
         grad_top = new(grad)
         # The library adds up in float64; rounded here, once.
-        grad_bias = torch.empty(grad.shape[1], dtype=torch.float64)
+        grad_bias = torch.empty(grad.shape[1], dtype=torch.float64, device="cpu")
         # An own gradient that lies in memory as the result does is added in the same pass.
         alike = own is not None and own.stride() == grad_top.stride()
         adjoint(grad, own if alike else None, number, gain, grad_top, grad_bias)
@@ -136,7 +136,7 @@ def weighted_merge_backward(grad: Tensor, input: Tensor, factor: Tensor) -> Call
     def run(grad: Tensor, input: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         grad_input = new(grad)
         # The library adds up in float64; rounded here, once.
-        grad_factor = torch.empty((), dtype=torch.float64)
+        grad_factor = torch.empty((), dtype=torch.float64, device="cpu")
         adjoint(grad, input, factor, grad_input, grad_factor)
         return grad_input, grad_factor.to(factor.dtype)
 
@@ -224,7 +224,7 @@ def lateral_connection(
     # where tops in NCHW took 3.3 (256 channels, 2 cores of an Intel Xeon with AMX).
     turns_top = top is not None and top.stride(1) != 1 and not by_convolution and multiplies_by_tiles(feature.dtype)
     declined = False  # by the library, which goes by what calls alike have in common
-    no_bias = torch.zeros(weight.shape[0]) if bias is None else None
+    no_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if bias is None else None
     connect = torch.ops.fpn_kernels_native.lateral_connection.default
     merge = torch.ops.fpn_kernels_native.upsample_add.default
 
@@ -353,7 +353,7 @@ def output_conv_backward_weight(
     ) -> tuple[Tensor, Tensor]:
         grad_weight = allocate(shape, grad, memory_format)
         # The library adds up in float64; rounded here, once.
-        sums = torch.empty(channels, dtype=torch.float64)
+        sums = torch.empty(channels, dtype=torch.float64, device="cpu")
         if by_avx2:
             grad, feature = (_in_layout(tensor, torch.channels_last) for tensor in (grad, feature))
         # Not remembered where it says no: values decide as well.

@@ -88,7 +88,7 @@ def rows_are_aligned(matrix: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def scale(in_size: int, out_size: int) -> float:
-    """`resampling.scale`, remembered: three small tensors are a launch's worth of host time."""
+    """`resampling.scale`, cached."""
     return resampling.scale(in_size, out_size)
 
 
@@ -97,7 +97,7 @@ def longest_window(in_size: int, out_size: int, mode: str) -> int:
     """The largest number of destination pixels that read one source pixel along an axis, exactly."""
     if mode == "bilinear":
         # Those between the pixel before and the pixel after it (`device.readers`), with the kernels' own float32 steps.
-        destination = torch.arange(out_size, dtype=torch.float32)
+        destination = torch.arange(out_size, dtype=torch.float32, device="cpu")
         position = (destination + 0.5) * scale(in_size, out_size) - 0.5
         after = torch.bincount(position.floor().long() + 1, minlength=in_size + 1)
         return int((after[:-1] + after[1:]).max())
