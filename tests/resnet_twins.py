@@ -87,7 +87,10 @@ class NamedLayersFPN(nn.Module):
         p4 = self._upsample_add(p5, self.latlayer1(c4))
         p3 = self._upsample_add(p4, self.latlayer2(c3))
         p2 = self._upsample_add(p3, self.latlayer3(c2))
-        return self.smooth3(p2), self.smooth2(p3), self.smooth1(p4), p5
+        p4 = self.smooth1(p4)
+        p3 = self.smooth2(p3)
+        p2 = self.smooth3(p2)
+        return p2, p3, p4, p5
 
     def _upsample_add(self, top: Tensor, lateral: Tensor) -> Tensor:
         align = False if self.mode == "bilinear" else None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from foreign.torchvision_twin import FeaturePyramidNetwork
 from fusion_cases import network_of
-from resnet_twins import kuangliu_fpn101
+from resnet_twins import NamedLayersFPN, kuangliu_fpn101
 from torch import Tensor, nn
 from twins import CHANNELS, NAMES, SIZES, WIDTH, assert_same, maps
 
@@ -41,8 +41,19 @@ def _patched() -> nn.Module:
     return network
 
 
+def _decorated() -> nn.Module:
+    class Decorated(FeaturePyramidNetwork):
+        @torch.no_grad()
+        def forward(self, x: Any) -> Any:
+            return super().forward(x)
+
+    Decorated.__name__ = "FeaturePyramidNetwork"
+    return network_of(Decorated)
+
+
 def _fork(forward: Callable[..., Any]) -> nn.Module:
     """A class with torchvision's name and attributes and another forward."""
+    forward.__qualname__ = "FeaturePyramidNetwork.forward"  # as if written in the class
     fork = type("FeaturePyramidNetwork", (nn.Module,), {"forward": forward})()
     for name in ("inner_blocks", "layer_blocks", "extra_blocks"):
         setattr(fork, name, getattr(network_of(), name))
@@ -53,13 +64,17 @@ def _fork(forward: Callable[..., Any]) -> nn.Module:
     ("make", "reason"),
     [
         (lambda: network_of(OwnForward), "OwnForward has a forward of its own"),
-        (lambda: network_of(OwnMethod), r"computes something else than .* \(output.*relative error"),
+        (
+            lambda: network_of(OwnMethod),
+            "OwnMethod has a get_result_from_inner_blocks of its own, which the forward of FeaturePyramidNetwork calls",
+        ),
         (_patched, "a forward of its own was put on the instance"),
+        (lambda: _decorated(), "the forward of FeaturePyramidNetwork was decorated or replaced"),
         (lambda: _fork(lambda self, x: list(x.values())), r"computes something else .* \(the output is"),
         (lambda: _fork(lambda self, x, masks: x), "could not be tried on a random input: TypeError"),
         (lambda: _fork(lambda self, x: {k: m.double() for k, m in x.items()}), "computes something else"),
     ],
-    ids=["subclass", "method", "patched", "fork", "fork-arguments", "fork-dtype"],
+    ids=["subclass", "method", "patched", "decorated", "fork", "fork-arguments", "fork-dtype"],
 )
 def test_what_computes_something_else_is_left(make: Callable[[], nn.Module], reason: str) -> None:
     model = nn.ModuleDict({"left": make(), "fused": network_of()})
@@ -80,6 +95,21 @@ def test_a_network_with_the_right_names_and_another_resize_is_left() -> None:
     network._upsample_add = lambda top, lateral: (
         lateral + nn.functional.interpolate(top, lateral.shape[2:], mode="bilinear", align_corners=True)
     )
+    with pytest.raises(
+        ValueError, match=r"the model itself \(single-file FPN.*a _upsample_add of its own was put on the i"
+    ):
+        fpn_kernels.fuse(network)
+
+
+class OtherResize(NamedLayersFPN):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        *finer, p5 = super().forward(x)
+        return (*finer, 2 * p5)
+
+
+def test_a_network_with_the_right_names_and_other_results_is_left() -> None:
+    network = kuangliu_fpn101(4)
+    network.__class__ = OtherResize
     with pytest.raises(ValueError, match=r"the model itself \(single-file FPN.*computes something else"):
         fpn_kernels.fuse(network)
 
@@ -150,11 +180,16 @@ def test_the_log_and_the_report_say_what_was_done(caplog: pytest.LogCaptureFixtu
 
 
 class OtherWhenLarge(FeaturePyramidNetwork):
-    """What the small trial does not show and the example does."""
+    """A fork: what the small trial does not show and the example does."""
 
-    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
-        result = super().get_result_from_inner_blocks(x, idx)
-        return 1.1 * result if result.shape[-1] == 57 else result
+    def forward(self, x: Any) -> Any:
+        results = super().forward(x)
+        if results["0"].shape[-1] == 57:
+            results["0"] = 1.1 * results["0"]
+        return results
+
+
+OtherWhenLarge.__name__ = "FeaturePyramidNetwork"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -166,6 +201,53 @@ def test_verify_names_the_level_and_the_error_and_restores(training: bool) -> No
     assert [type(m) for m in model.values()] == [FeaturePyramidNetwork, OtherWhenLarge]
     assert all(m.training == training for m in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class Detached(nn.Module):
+    """A hook that lets no gradient pass in training."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        return OrderedDict(
+            (name, p.detach() if module.training and is_fused(module) else p) for name, p in output.items()
+        )
+
+
+def test_verify_compares_training_too() -> None:
+    network = network_of(norm=nn.BatchNorm2d).train()
+    network.register_forward_hook(Detached())
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(RuntimeError, match="verify: the model itself: training step 0: the gradient of .* is missing;"):
+        fpn_kernels.fuse(network, verify=maps())
+    assert type(network) is FeaturePyramidNetwork and network.training
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+class MovesWhenFused(nn.Module):
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if module.training and is_fused(module):
+            module.inner_blocks[0][1].running_mean.add_(1.0)
+
+
+def test_verify_names_the_buffer_that_differs() -> None:
+    network = network_of(norm=nn.BatchNorm2d)
+    network.register_forward_pre_hook(MovesWhenFused())
+    with pytest.raises(
+        RuntimeError, match=r"training step 0: buffer \['inner_blocks.0.1.running_mean'\]: relative err"
+    ):
+        fpn_kernels.fuse(network, verify=maps())
+
+
+def test_verify_says_where_training_cannot_be_compared(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            raise RuntimeError("not here")
+
+    network = network_of()
+    network.register_forward_pre_hook(refuse)
+    with caplog.at_level(logging.WARNING, logger="fpn_kernels"):
+        assert is_fused(fpn_kernels.fuse(network, verify=maps()))
+    assert "training was not compared, RuntimeError: not here" in caplog.text
 
 
 def test_verify_wants_an_example_that_reaches_the_pyramid() -> None:

@@ -134,7 +134,7 @@ def test_first_and_second_derivatives() -> None:
 def test_training_keeps_no_level_longer_than_its_own_backward() -> None:
     """Where autograd records the neck, its output convolutions are a node a level: each lets its merged map go."""
     network, _ = pair()
-    merged = list(pathway.merge_levels(list(maps().values()), network.inner_blocks))
+    merged = list(pathway.pyramid(list(maps().values()), network.inner_blocks, [])[0])
     blocks = [fused_parameters(block, 3) for block in network.layer_blocks]
     results = pathway._output_maps(merged, merged, blocks)
     assert len({result.grad_fn for result in results if result is not None}) == 4

@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -149,8 +150,14 @@ class Explained(Exception):  # noqa: N818 - carries an answer out of the dispatc
 _registry: dict[str, Backend] = {}
 
 # The autograd engine runs the backward of CUDA tensors in threads of its own, where a context variable of the
-# caller is not seen: the forced backend is therefore the process's, like PyTorch's own backend flags.
+# caller is not seen: the forced backend is therefore the process's, like PyTorch's own backend flags.  It is that of
+# the last request that has not ended.
 _forced: str | None = None
+_requests: tuple[use_backend, ...] = ()
+_requests_lock = threading.Lock()
+
+# Of this thread alone, for a computation without gradients; goes before the others.
+_forced_here: contextvars.ContextVar[str | None] = contextvars.ContextVar("fpn_kernels_forced_here", default=None)
 
 _records: list[list[tuple[str, str]]] = []
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_explaining", default=False)
@@ -192,7 +199,8 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named
     """Forces one backend for every call that follows, or, as a context manager, inside a block.
 
     The choice holds for the whole process, its autograd threads included (as `torch.backends` flags do), and goes
-    before the environment variable FPN_KERNELS_BACKEND.
+    before the environment variable FPN_KERNELS_BACKEND.  Of blocks that overlap in several threads, the last that began
+    and has not ended decides.
 
     Args:
         name: "native", "triton" or "eager"; None gives the choice back to the library.  An operator that the backend
@@ -217,25 +225,51 @@ class use_backend:  # noqa: N801 - used like torch.set_grad_enabled, hence named
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None:
             if not isinstance(name, str):
                 raise TypeError(f"name: expected a backend's name or None, got {type(name).__name__}")
             _named(name, "name")
-        self._previous = _forced
-        _forced = name
+        self._name = name
+        self._entered = False
+        self._thread = threading.get_ident()
+        _change_requests(add=self)
 
     def __enter__(self) -> use_backend:
+        self._entered = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _forced
-        _forced = self._previous
+        # Its own request only: another thread's may have been added since, or ended.
+        _change_requests(remove=self)
+
+
+def _change_requests(add: use_backend | None = None, remove: use_backend | None = None) -> None:
+    global _forced, _requests
+    with _requests_lock:
+        kept = [each for each in _requests if each is not remove]
+        if add is not None:
+            # Of a thread's choices without a block, the last: others can have no effect any more.
+            plain = [each for each in kept if each._thread == add._thread and not each._entered]
+            kept = [each for each in kept if each not in plain[:-1]]
+            kept.append(add)
+        _requests = tuple(kept)
+        _forced = _requests[-1]._name if _requests else None
+
+
+@contextlib.contextmanager
+def force_in_this_thread(name: str) -> Iterator[None]:
+    """Forces a backend inside a block, in this thread alone; where autograd runs backward is another thread."""
+    token = _forced_here.set(name)
+    try:
+        yield
+    finally:
+        _forced_here.reset(token)
 
 
 def _forced_backend() -> Backend | None:
-    if _forced is not None:
-        return _registry[_forced]
+    forced = _forced_here.get() or _forced
+    if forced is not None:
+        return _registry[forced]
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return _named(name, ENVIRONMENT_VARIABLE) if name else None
 
@@ -307,8 +341,8 @@ def select_whole(operator: str, arguments: tuple[Any, ...], composition: str) ->
 
 
 def forced_by() -> tuple[str | None, str | None]:
-    """The backend that `use_backend` forces, and the one that the environment variable does."""
-    return _forced, os.environ.get(ENVIRONMENT_VARIABLE)
+    """The backend that `use_backend` forces (or, of this thread, a trial), and the one of the environment variable."""
+    return _forced_here.get() or _forced, os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def is_explaining() -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-from fpn_kernels.modules.fusing import convolution_parameters, fused_parameters, is_observed
+from torch import nn
 
-
-def defining_class(module: nn.Module) -> type:
-    """The class whose forward a module runs."""
-    return next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+from fpn_kernels.modules.alterations import defining_class, runs_own_forward
+from fpn_kernels.modules.fusing import Parameters, convolution_parameters, fused_parameters
 
 
-def block_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor | None] | None:
+def block_parameters(block: nn.Module, kernel_size: int) -> Parameters | None:
     """`fused_parameters` for the blocks of every dialect.
 
     Knows Detectron2's ``Conv2d`` (its norm is a child of the convolution), MMCV's ``ConvModule`` and EfficientDet's
@@ -23,36 +21,37 @@ def block_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor
         block: a lateral or output block.
         kernel_size: as in `fused_parameters`.
     """
-    name = defining_class(block).__name__
+    name = defining_class(type(block)).__name__
+    parts: _Parts = None
     if name == "Conv2d" and isinstance(block, nn.Conv2d) and hasattr(block, "norm") and hasattr(block, "activation"):
-        if block.activation is not None:
-            return None
-        return convolution_parameters(block, _module(block.norm), kernel_size, forward=type(block).forward)
-    if name in ("ConvModule", "ConvBnAct2d") and not is_observed(block):
-        parts = _conv_module(block) if name == "ConvModule" else _conv_bn_act(block)
-        return None if parts is None else convolution_parameters(*parts, kernel_size)
-    return fused_parameters(block, kernel_size)
+        parts = (block, block.norm) if block.activation is None else None
+    elif name == "ConvModule":
+        parts = _conv_module(block)
+    elif name == "ConvBnAct2d":
+        parts = _conv_bn_act(block)
+    else:
+        return fused_parameters(block, kernel_size)
+    if parts is None or not runs_own_forward(block):
+        return None
+    convolution, norm = parts
+    if norm is not None and not isinstance(norm, nn.Module):
+        return None
+    if convolution is block:
+        return convolution_parameters(block, norm, kernel_size, forward=type(block).forward)
+    return convolution_parameters(convolution, norm, kernel_size)
 
 
-_Parts = tuple[nn.Module, nn.Module | None] | None
+_Parts = tuple[nn.Module, Any] | None
 
 
-def _conv_module(block: nn.Module) -> _Parts:
+def _conv_module(block: Any) -> _Parts:
     if getattr(block, "with_activation", True) or getattr(block, "with_explicit_padding", False):
         return None
     if not getattr(block, "with_norm", True):
-        return block.conv, None  # type: ignore[return-value]
+        return block.conv, None
     order = tuple(getattr(block, "order", ("conv", "norm", "act")))
-    if order.index("norm") < order.index("conv"):
-        return None
-    return block.conv, _module(block.norm)  # type: ignore[return-value]
+    return None if order.index("norm") < order.index("conv") else (block.conv, block.norm)
 
 
-def _conv_bn_act(block: nn.Module) -> _Parts:
-    if getattr(block, "act", None) is not None:
-        return None
-    return block.conv, _module(block.bn)  # type: ignore[return-value]
-
-
-def _module(value: object) -> nn.Module | None:
-    return value if isinstance(value, nn.Module) else None
+def _conv_bn_act(block: Any) -> _Parts:
+    return (block.conv, block.bn) if getattr(block, "act", None) is None else None

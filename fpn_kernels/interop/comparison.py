@@ -26,16 +26,20 @@ class Difference:
         return f"output{self.where}: {self.what}" if self.where else self.what
 
 
+def roundoff(*dtypes: torch.dtype, tf32: bool = False) -> float:
+    """The relative error of one rounding, in the least precise dtype that takes part."""
+    unit = max(torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point)
+    return max(unit, 2.0**-11) if tf32 else unit
+
+
 def tolerance(*dtypes: torch.dtype, tf32: bool = False) -> float:
     """The relative error that two right implementations may show, of the least precise dtype that takes part.
 
     In 16 bits (and TF32) each implementation rounds where it likes, a few times a level; in float32 and float64
     they differ by the order of their sums.
     """
-    roundoff = max(torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point)
-    if tf32 and roundoff < 2.0**-11:
-        roundoff = 2.0**-11
-    return (8 if roundoff >= 2.0**-12 else 512) * roundoff
+    unit = roundoff(*dtypes, tf32=tf32)
+    return (8 if unit >= 2.0**-12 else 512) * unit
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -21,12 +21,14 @@ class Dialect(abc.ABC):
         packages: the top-level packages that define it.
         class_names: names of the class that defines its forward; None where it is told by its structure alone.
         forwards: the fused forwards it may have; the one that gives the module's own results is taken.
+        decorators: modules whose decorators of a forward change nothing that the fused forward does not see to.
     """
 
     name: str
     packages: tuple[str, ...] = ()
     class_names: tuple[str, ...] | None = None
     forwards: tuple[type[FusedForward], ...]
+    decorators: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def fits(self, module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.fusing import is_observed
+from fpn_kernels.modules.alterations import runs_own_forward
+from fpn_kernels.modules.fusing import is_plain_sequential
 from fpn_kernels.modules.pathway import add_top, merge_level
 
 
@@ -24,17 +25,26 @@ class EffdetForward(FusedForward):
     resample: nn.ModuleDict
 
     def forward(self, x: Sequence[Tensor]) -> Any:
-        branches = [(self.resample[str(offset)], x[offset]) for offset in self.inputs_offsets]
-        plain = [branch for branch in branches if not _enlarges(branch[0])]
-        tops = [_before_upsample(*branch) for branch in branches if _enlarges(branch[0])]
-        block = _only_convolution(plain[0][0]) if len(plain) == 1 else None
-        if not plain or not tops:
+        resamples: list[Any] = list(self.resample.values())
+        features = [x[offset] for offset in self.inputs_offsets]
+        enlarges = [_enlarges(resample) for resample in resamples]
+        if all(enlarges) or not any(enlarges):
             return super().forward(x)  # type: ignore[misc]
-        if block is not None and len(tops) == 1:
-            top, upsample = tops[0]
-            if _target(upsample, top) == tuple(plain[0][1].shape[2:]):
-                return merge_level(plain[0][1], block, block_parameters(block, 1), top, mode=upsample.mode)
-        total: Tensor = sum(resample(feature) for resample, feature in plain)  # type: ignore[assignment]
+        block = _only_convolution(resamples[enlarges.index(False)]) if len(enlarges) == 2 else None
+        tops: list[tuple[Tensor, Any]] = []
+        plain: list[Tensor] = []
+        for resample, feature, enlarge in zip(resamples, features, enlarges, strict=True):  # in the node's order
+            if enlarge:
+                tops.append(_before_upsample(resample, feature))
+            else:
+                plain.append(feature if block is not None else resample(feature))
+        if block is not None:
+            (top, upsample), (feature,) = tops[0], plain
+            parameters = block_parameters(block, 1)
+            if _target(upsample, top) == tuple(feature.shape[2:]):
+                return merge_level(feature, block, parameters, top, mode=upsample.mode)
+            plain = [block(feature)]
+        total: Tensor = sum(plain)  # type: ignore[assignment]
         for top, upsample in tops:
             if _target(upsample, top) == tuple(total.shape[2:]):
                 total = add_top(total, top, mode=upsample.mode)
@@ -43,30 +53,26 @@ class EffdetForward(FusedForward):
         return total
 
 
+def _only_convolution(resample: Any) -> nn.Module | None:
+    """The convolution that is all of a branch, where a fused call can stand in for it; or None."""
+    if not is_plain_sequential(resample) or len(resample) != 1:
+        return None
+    block: nn.Module = resample[0]
+    return block if block_parameters(block, 1) is not None else None
+
+
 def _enlarges(resample: Any) -> bool:
     """Whether this is the class's sequence, ends in an upsampling, and nobody looks at what that returns."""
-    if type(resample).forward is not nn.Sequential.forward or is_observed(resample) or len(resample) == 0:
+    if not is_plain_sequential(resample) or len(resample) == 0:
         return False
-    last = resample[-1]
-    return (
-        isinstance(getattr(resample, "upsample", None), nn.Module)
-        and resample.upsample is last
-        and not (is_observed(last))
-    )
+    upsample = resample._modules.get("upsample")
+    return upsample is not None and upsample is resample[-1] and runs_own_forward(upsample)
 
 
 def _before_upsample(resample: Any, feature: Tensor) -> tuple[Tensor, Any]:
     for module in list(resample)[:-1]:
         feature = module(feature)
     return feature, resample.upsample
-
-
-def _only_convolution(resample: Any) -> nn.Module | None:
-    """The convolution that is all of a branch, or None."""
-    if type(resample).forward is not nn.Sequential.forward or is_observed(resample) or len(resample) != 1:
-        return None
-    block: nn.Module = resample[0]
-    return block if block_parameters(block, 1) is not None else None
 
 
 def _target(upsample: Any, top: Tensor) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fpn_kernels.interop.blocks import defining_class
 from fpn_kernels.interop.dialect import Dialect
 from fpn_kernels.interop.dialects import DIALECTS
 from fpn_kernels.interop.swapping import FusedForward, is_fused
 from fpn_kernels.interop.trial import TrialFailedError, same_forward
+from fpn_kernels.modules.alterations import called_methods, defining_class, is_own_method
 from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork
 
 
@@ -50,7 +50,8 @@ def find(model: nn.Module) -> Iterator[Found]:
             name = module.original_name
             if any(name in (dialect.class_names or ()) for dialect in DIALECTS):
                 yield Found(path, module, name, left="was compiled by torch.jit.script, which fixes its forward")
-        else:
+        elif type(module).__getattr__ is nn.Module.__getattr__:
+            # Else it passes on the attributes of what it wraps, whose own module comes later.
             for dialect in DIALECTS:
                 found = _ask(path, module, dialect)
                 if found is not None:
@@ -68,11 +69,12 @@ def _ask(path: str, module: nn.Module, dialect: Dialect) -> Found | None:
         return None
     if not dialect.fits(module):
         return None
-    owner = defining_class(module)
+    owner = defining_class(type(module))
     if dialect.class_names is not None and owner.__name__ not in dialect.class_names:
         return Found(path, module, dialect.name, left=f"{owner.__name__} has a forward of its own")
-    if "forward" in module.__dict__:
-        return Found(path, module, dialect.name, left="a forward of its own was put on the instance")
+    altered = _altered_method(module, owner, dialect)
+    if altered is not None:
+        return Found(path, module, dialect.name, left=altered)
     refused = dialect.refusal(module)
     if refused is not None:
         return Found(path, module, dialect.name, refused=refused)
@@ -89,3 +91,19 @@ def _ask(path: str, module: nn.Module, dialect: Dialect) -> Found | None:
     if isinstance(chosen, str):
         return Found(path, module, dialect.name, left=f"computes something else than {dialect.name} ({chosen})")
     return Found(path, module, dialect.name, chosen)
+
+
+def _altered_method(module: nn.Module, owner: type, dialect: Dialect) -> str | None:
+    """Which method that a call runs is not that of the class that defines its forward; or None."""
+    for name, method in called_methods(type(module)).items():
+        if name in module.__dict__:
+            return f"a {name} of its own was put on the instance"
+        if method is not getattr(owner, name, None):
+            cls = defining_class(type(module), name)
+            return f"{cls.__name__} has a {name} of its own, which the forward of {owner.__name__} calls"
+        known = (
+            hasattr(method, "__wrapped__") and getattr(method, "__globals__", {}).get("__name__") in dialect.decorators
+        )
+        if not known and not is_own_method(owner, name):
+            return f"the {name} of {owner.__name__} was decorated or replaced"
+    return None

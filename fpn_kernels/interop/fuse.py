@@ -12,8 +12,8 @@ from torch import nn
 
 from fpn_kernels.interop.dialects import DIALECTS
 from fpn_kernels.interop.finding import Found, find
-from fpn_kernels.interop.swapping import is_fused, restore, swap, was_rewrapped
-from fpn_kernels.interop.verification import difference, record_outputs
+from fpn_kernels.interop.swapping import is_fused, original_class, restore, swap, was_rewrapped
+from fpn_kernels.interop.verification import Call, difference, record_calls, training_difference
 
 _LOGGER = logging.getLogger("fpn_kernels")
 
@@ -57,18 +57,27 @@ def fuse(model: _Model, *, verify: Any = None, report: bool = False) -> _Model |
     Only the computation changes: a fused module keeps its parameters, keys, hooks, name, mode and device, and its
     class becomes a subclass of its own, so `isinstance`, optimisers, checkpoints, `DistributedDataParallel`,
     `copy.deepcopy`, `pickle` and `torch.save` go on working (reading a pickled fused model needs this library; see
-    `unfuse`).  Convolutions that carry hooks or were replaced (LoRA, quantised) are called as they are.  Under
-    autocast the fused calls run in the autocast dtype with float32 sums.  Fuse a model before `fully_shard`.
+    `unfuse`).  Under autocast the fused calls run in the autocast dtype with float32 sums.  Fuse a model before
+    `fully_shard`.
+
+    Blocks that carry hooks, are parametrised, were patched, wrapped or replaced (LoRA, quantised) are called as they
+    are, as often and in the order as before.  A fused pyramid runs the forward of its own class where a functorch
+    transform, forward-mode AD, a TorchScript or symbolic tracer, a hook of all modules or a replaced
+    `torch.nn.functional.conv2d`, `interpolate` or `batch_norm` looks on, and where that forward or a method that it
+    calls was replaced since.
 
     Before anything is swapped, a copy of each pyramid with random weights is run on a small input on the CPU, both
-    ways, in eval mode and in training.  A fork, another version or a subclass that computes something else is left as
-    it is.
+    ways, in eval mode and in training.  A fork, another version or a subclass that computes something else, or calls
+    its blocks in another order, is left as it is; so is one whose forward was decorated or patched, or that overrides
+    a method which the forward calls.  No generator of yours, forced backend or mode of another thread is touched.
 
     Args:
         model: any module; also a pyramid itself.
         verify: an example input; a tuple is the positional arguments (so wrap an input that is a tuple in another).
             The model is run before and after, in eval mode, and the results of each pyramid are compared within the
-            tolerance of their dtype.
+            tolerance of their dtype.  Then copies of each pyramid, fused and not, train for three steps on the maps
+            that it was given first: their results, gradients and buffers are compared, too.  Where a pyramid cannot
+            be copied or trained, the logger says so.
         report: return the `FusionReport` too, which names what was fused, and what was left and why.  The logger
             "fpn_kernels" is told the same.
 
@@ -83,8 +92,10 @@ def fuse(model: _Model, *, verify: Any = None, report: bool = False) -> _Model |
             is as it was.
 
     Cost:
-        Moves no bytes of the model: it keeps its parameters.  The copy for the trial takes 4 bytes a parameter of one
-        pyramid at a time, on the CPU; `verify` runs the model twice and keeps a copy of each pyramid's results.
+        Moves no bytes of the model: it keeps its parameters.  The copy for the trial takes 4 bytes per parameter of one
+        pyramid at a time, on the CPU.  `verify` runs the model twice, and each pyramid nine times forward and backward,
+        and keeps a copy of its arguments and results in bytes for each call and step; at a time it holds one copy of
+        one pyramid (a whole network, where that is the pyramid) with its gradients.
 
     Source:
         The classes named above, as their libraries publish them; each dialect's file in `fpn_kernels.interop` names its
@@ -102,12 +113,13 @@ def fuse(model: _Model, *, verify: Any = None, report: bool = False) -> _Model |
     _require_servable(model, found)
     chosen = [(each, each.forward) for each in found if each.forward is not None]
     pyramids = {each.path: each.module for each, _ in chosen}
-    expected = record_outputs(model, pyramids, verify) if verify is not None else {}
+    expected = record_calls(model, pyramids, verify) if verify is not None else {}
     with _all_or_nothing(pyramids):
         for each, forward in chosen:
             swap(each.module, forward)
         if verify is not None:
-            found_difference = difference(pyramids, record_outputs(model, pyramids, verify), expected)
+            found_difference = difference(pyramids, record_calls(model, pyramids, verify), expected)
+            found_difference = found_difference or _training_difference(pyramids, expected)
             if found_difference is not None:
                 raise RuntimeError(f"verify: {found_difference}; the model is as it was")
     result = FusionReport(
@@ -149,6 +161,19 @@ def unfuse(model: _Model) -> _Model:
     for _, module in fused:
         restore(module)
     return model
+
+
+def _training_difference(pyramids: Mapping[str, nn.Module], calls: Mapping[str, list[Call]]) -> str | None:
+    for path, module in pyramids.items():
+        name = path or "the model itself"
+        try:
+            found = training_difference(module, original_class(module), calls[path][0])
+        except Exception as error:
+            _LOGGER.warning("fuse: verify: %s: training was not compared, %s: %s", name, type(error).__name__, error)
+            continue
+        if found is not None:
+            return f"{name}: {found}"
+    return None
 
 
 @contextlib.contextmanager

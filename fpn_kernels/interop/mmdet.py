@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
-from fpn_kernels.modules.pathway import in_layout_of, pyramid
+from fpn_kernels.modules.pathway import Order, in_layout_of, pyramid
 
+_ORDER = Order(laterals_first=True, outputs="finest first")
 _SOURCES = ("on_input", "on_lateral", "on_output")
 
 
@@ -29,7 +30,7 @@ class MMDetectionForward(FusedForward):
     relu_before_extra_convs: bool
 
     def forward(self, inputs: Sequence[Tensor]) -> Any:
-        # fp16_enabled is the mixed precision of MMDetection 2, which casts inside a decorator of the class's forward.
+        # fp16_enabled is the mixed precision of MMDetection 2, which `auto_fp16` sees to.
         if len(inputs) != len(self.in_channels) or getattr(self, "fp16_enabled", False):
             return super().forward(inputs)  # type: ignore[misc]
         resize = _resize(self)
@@ -41,6 +42,7 @@ class MMDetectionForward(FusedForward):
             list(self.fpn_convs)[:levels],
             mode=resize.get("mode", "nearest"),
             scale_factor=None if "scale_factor" not in resize else int(resize["scale_factor"]),
+            order=_ORDER,
             find_parameters=block_parameters,
         )
         extra = self.num_outs - levels
@@ -76,6 +78,7 @@ class MMDetectionDialect(Dialect):
     packages = ("mmdet",)
     class_names = ("FPN",)
     forwards = (MMDetectionForward,)
+    decorators = ("mmcv.runner.fp16_utils", "mmdet.core.fp16.decorators")
 
     def fits(self, module: nn.Module) -> bool:
         return (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fpn_kernels.interop.blocks import block_parameters
 from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
+from fpn_kernels.modules.fusing import is_autocast
 from fpn_kernels.modules.pathway import GAINS, add_top, merge_level
 
 
@@ -30,22 +31,23 @@ class Sam2Forward(FusedForward):
         if len(xs) != len(self.convs):
             return super().forward(xs)  # type: ignore[misc]
         maps: list[Tensor] = []
+        encodings: list[Tensor] = []
         for level in reversed(range(len(xs))):
             top = maps[-1] if maps and level in self.fpn_top_down_levels else None
-            maps.append(self._merge(self.convs[len(xs) - 1 - level], xs[level], top))
-        maps.reverse()
-        return maps, [self.position_encoding(merged).to(merged.dtype) for merged in maps]
+            merged = self._merge(self.convs[len(xs) - 1 - level], xs[level], top)
+            maps.append(merged)
+            encodings.append(self.position_encoding(merged).to(merged.dtype))
+        return maps[::-1], encodings[::-1]
 
     def _merge(self, block: nn.Module, feature: Tensor, top: Tensor | None) -> Tensor:
         options: Any = {"mode": self.fpn_interp_model, "gain": GAINS[self.fuse_type], "scale_factor": 2}
         parameters = block_parameters(block, 1)
-        device = feature.device.type
-        wide = feature.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        wide = feature.dtype == torch.float32 and not is_autocast(feature)
         if top is None or (wide and top.dtype == torch.float32):
             return merge_level(feature, block, parameters, top, **options)
         lateral = merge_level(feature, block, parameters, None)
         dtype = torch.promote_types(lateral.dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(feature.device.type, enabled=False):
             return add_top(lateral.to(dtype), top.float().to(dtype), **options)
 
 

@@ -7,10 +7,16 @@ option are the same objects as before; nothing is stored on it, so giving the cl
 from __future__ import annotations
 
 import copyreg
+import functools
+import inspect
+import threading
 import types
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch import nn
+
+from fpn_kernels.modules.alterations import called_methods, must_step_aside
 
 
 class FusedForward:
@@ -44,27 +50,61 @@ class FusedForward:
 
 
 _CLASSES: dict[tuple[type[nn.Module], type[FusedForward]], type[nn.Module]] = {}
+_LOCK = threading.Lock()
 
 
 def fused_class(original: type[nn.Module], forward: type[FusedForward]) -> type[nn.Module]:
-    """The subclass of `original` that computes by `forward`; one and the same for the same two."""
-    key = (original, forward)
-    if key not in _CLASSES:
-        body = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_fpn_kernels_original": original,
-            "_fpn_kernels_forward": forward,
-        }
-        # new_class finds the metaclass that fits (MMDetection's and Detectron2's classes have ABCMeta).
-        _CLASSES[key] = types.new_class(original.__name__, (forward, original), {}, lambda names: names.update(body))
-    return _CLASSES[key]
+    """The subclass of `original` that computes by `forward`; one and the same for the same two, in all threads."""
+    with _LOCK:
+        key = (original, forward)
+        if key not in _CLASSES:
+            body = {
+                "__module__": original.__module__,
+                "__qualname__": original.__qualname__,
+                "__doc__": original.__doc__,
+                "_fpn_kernels_original": original,
+                "_fpn_kernels_forward": forward,
+                "forward": _faithful_forward(original, forward),
+            }
+            # new_class finds the metaclass that fits (MMDetection's and Detectron2's classes have ABCMeta).
+            bases = (forward, original)
+            _CLASSES[key] = types.new_class(original.__name__, bases, {}, lambda names: names.update(body))
+        return _CLASSES[key]
+
+
+def _faithful_forward(original: type[nn.Module], dialect: type[FusedForward]) -> Callable[..., Any]:
+    """The forward of a fused class: the dialect's; the original's own where that would not be faithful.
+
+    That is where somebody looks at the modules and functions inside (`must_step_aside`), where the original's forward
+    or a method that it calls was replaced since, on the class or the instance, and for arguments that the dialect does
+    not know.
+    """
+    methods = tuple(called_methods(original).items())
+    names = tuple(inspect.signature(dialect.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known = len(args) + len(kwargs) == len(names) and set(kwargs) == set(names[len(args) :])
+        if not known or _was_altered(self, original, methods) or must_step_aside((*args, *kwargs.values())):
+            return original.forward(self, *args, **kwargs)
+        return dialect.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return forward
+
+
+def _was_altered(module: nn.Module, original: type[nn.Module], methods: Sequence[tuple[str, Any]]) -> bool:
+    for name, method in methods:
+        # A forward on the instance calls this one, if at all, knowingly.
+        if getattr(original, name) is not method or (name in module.__dict__ and name != "forward"):
+            return True
+    return False
 
 
 def swap(module: nn.Module, forward: type[FusedForward]) -> None:
-    """Gives `module` the fused forward."""
-    module.__class__ = fused_class(type(module), forward)
+    """Gives `module` the fused forward, unless another thread has done so."""
+    cls = type(module)
+    if not issubclass(cls, FusedForward):
+        module.__class__ = fused_class(cls, forward)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -77,9 +117,15 @@ def was_rewrapped(module: nn.Module) -> bool:
     return "_fpn_kernels_original" not in type(module).__dict__
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a fused module had."""
+    original: type[nn.Module] = type(module).__dict__["_fpn_kernels_original"]
+    return original
+
+
 def restore(module: nn.Module) -> None:
     """Gives a fused module its own class back."""
-    module.__class__ = type(module).__dict__["_fpn_kernels_original"]
+    module.__class__ = original_class(module)
 
 
 def _new_instance(original: type[nn.Module], forward: type[FusedForward], *arguments: Any) -> Any:

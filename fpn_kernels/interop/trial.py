@@ -3,23 +3,25 @@
 A class's name and its attributes say what it should compute; its code may be another version's, a fork's or have a
 method overridden.  So each module is run once, on the CPU, before anything is swapped: as a copy whose parameters
 are random (an output layer that starts at zero would hide everything before it), without its hooks.  The module
-itself, its device and the random state are not touched.
+itself, its device, and the random numbers and forced backend of anybody else are not touched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fpn_kernels.backends.selection import use_backend
+from fpn_kernels.backends.selection import force_in_this_thread
 from fpn_kernels.interop.comparison import first_difference
 from fpn_kernels.interop.dialect import Dialect, Random
+from fpn_kernels.interop.randomness import OwnRandomNumbers
 from fpn_kernels.interop.swapping import FusedForward, fused_class
 
 # Float32 sums of another order differ by some 1e-6; a wrong pixel, level or weight by some 1e-1.
@@ -33,6 +35,9 @@ class TrialFailedError(Exception):
 def same_forward(module: nn.Module, dialect: Dialect) -> type[FusedForward] | str:
     """The dialect's forward that computes what the module does, or how they differ.
 
+    It gives the same results where every block is fused, and where every block is called as a module; then it calls
+    the same modules in the same order.
+
     Raises:
         TrialFailedError: the copy of the module could not be made or run, so nothing is known.
     """
@@ -40,21 +45,52 @@ def same_forward(module: nn.Module, dialect: Dialect) -> type[FusedForward] | st
     try:
         copied = _random_copy(module, dialect.stand_ins(module, random), random)
         arguments = dialect.example(copied, random)
-        expected = _run(copied, type(module), arguments)
+        with _recorded(copied) as calls:
+            expected = _run(copied, type(module), arguments)
     except Exception as error:
         raise TrialFailedError(f"{type(error).__name__}: {error}") from error
     difference = ""
     for forward in dialect.forwards:
+        cls = fused_class(type(module), forward)
         try:
-            actual = _run(copied, fused_class(type(module), forward), arguments)
+            results = [_run(copied, cls, arguments)]
+            with _recorded(copied) as own_calls:
+                results.append(_run(copied, cls, arguments))
         except Exception as error:
             difference = f"{type(error).__name__}: {error}"
             continue
-        found = first_difference(actual, expected, _TOLERANCE)
-        if found is None:
+        found = [first_difference(each, expected, _TOLERANCE) for each in results]
+        if found == [None, None] and own_calls == calls:
             return forward
-        difference = difference or str(found)
+        difference = difference or next(
+            (str(each) for each in found if each is not None), _first_call(own_calls, calls)
+        )
     return difference
+
+
+def _first_call(actual: list[str], expected: list[str]) -> str:
+    """Where two sequences of calls differ, in words."""
+    for left, right in zip(actual, expected, strict=False):
+        if left != right:
+            return f"calls {right} where {left} is expected"
+    return f"makes {len(expected)} calls of modules where {len(actual)} are expected"
+
+
+@contextlib.contextmanager
+def _recorded(module: nn.Module) -> Iterator[list[str]]:
+    """Yields a list that fills with the name of each submodule as it is called."""
+    calls: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda part, inputs: calls.append(name)
+
+    parts = [(name, part) for name, part in module.named_modules() if part is not module]
+    handles = [part.register_forward_pre_hook(hook(name)) for name, part in parts]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], random: Random) -> nn.Module:
@@ -99,14 +135,14 @@ def _run(module: nn.Module, cls: type[nn.Module], arguments: tuple[Any, ...]) ->
     kept = module.__class__, {id(part): part.training for part in module.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     # Eager, so that a backend forced for another device does not decide whether a module is known.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]), use_backend("eager"):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), force_in_this_thread("eager"):
         try:
             module.__class__ = cls
             results = []
             for training in (False, True):
                 module.train(training)
-                torch.default_generator.manual_seed(0)
-                results.append(module(*pytree.tree_map_only(Tensor, torch.clone, arguments)))
+                with OwnRandomNumbers():
+                    results.append(module(*pytree.tree_map_only(Tensor, torch.clone, arguments)))
         finally:
             module.__class__ = kept[0]
             for part in module.modules():

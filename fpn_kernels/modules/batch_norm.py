@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpn_kernels.modules.alterations import defining_class, runs_own_forward, torch_method
+
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm whose statistics and affine parameters are constants (buffers), as detectors use it.
@@ -62,12 +64,17 @@ class FrozenBatchNorm2d(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         # With gradients F.batch_norm would keep x for the gradient of weight and bias, which nobody asks for.
+        # In float32, for what the scale or the shift overflows float16 the result may not.
         scale, shift = _affine(self)
         shape = (1, -1, 1, 1)
-        return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+        return (_wide(x) * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+_FORWARDS = (torch_method(_BatchNorm, "forward"), torch_method(nn.SyncBatchNorm, "forward"))
+_CHECKS = (torch_method(nn.BatchNorm2d, "_check_input_dim"), torch_method(nn.SyncBatchNorm, "_check_input_dim"))
 
 
 def has_fixed_statistics(norm: nn.Module) -> bool:
@@ -77,18 +84,24 @@ def has_fixed_statistics(norm: nn.Module) -> bool:
     torchvision's or Detectron2's, told by its name, its tensors and its eps, since theirs cannot be imported
     here.  A subclass with a forward of its own might do anything (an activation, say) and is not folded.
     """
-    forward = type(norm).forward
+    cls: Any = type(norm)
     if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        known = forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        known = cls.forward in _FORWARDS and cls._check_input_dim in _CHECKS and "_check_input_dim" not in norm.__dict__
         return known and not norm.training and norm.running_mean is not None and norm.running_var is not None
-    owner = next(cls for cls in type(norm).__mro__ if "forward" in cls.__dict__)
     return (
-        owner.__name__ == "FrozenBatchNorm2d"
+        defining_class(cls).__name__ == "FrozenBatchNorm2d"
+        and runs_own_forward(norm)
         and all(
             isinstance(getattr(norm, name, None), Tensor) for name in ("weight", "bias", "running_mean", "running_var")
         )
         and isinstance(getattr(norm, "eps", None), float)
     )
+
+
+def tensors_of(norm: nn.Module) -> list[Tensor]:
+    """What `fold` reads of a norm that `has_fixed_statistics`."""
+    found = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return [tensor for tensor in found if tensor is not None]  # type: ignore[misc]
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -112,16 +125,14 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, 
     """The weight and bias of one convolution equal to ``norm(conv(x))``, made anew at every call.
 
     Nothing is cached, so an optimiser step, a loaded checkpoint or an in-place edit can never be missed, and
-    gradients reach the convolution's parameters and the affine parameters of the norm.  Computed in float32
-    (float64 where a parameter is float64) and rounded once to the dtype of `weight`.
+    gradients reach the convolution's parameters and the affine parameters of the norm.
 
     Args:
-        weight: ``[Cout, Cin, k, k]``.
+        weight: ``[Cout, Cin, k, k]``, float32 or float64: in 16 bits what is folded may overflow.
         bias: ``[Cout]`` or None.
-        norm: a norm that `has_fixed_statistics`.
+        norm: a norm that `has_fixed_statistics`, of the same dtype.
     """
     scale, shift = _affine(norm)
-    folded = _wide(weight) * scale.view(-1, 1, 1, 1)
     if bias is not None:
-        shift = torch.addcmul(shift, _wide(bias), scale)
-    return folded.to(weight.dtype), shift.to(weight.dtype)
+        shift = torch.addcmul(shift, bias, scale)
+    return weight * scale.view(-1, 1, 1, 1), shift

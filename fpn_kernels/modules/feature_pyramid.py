@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpn_kernels.modules.alterations import must_step_aside
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock
 from fpn_kernels.modules.pathway import GAINS, pyramid
 from fpn_kernels.resampling import MODES
@@ -113,7 +116,10 @@ class FeaturePyramidNetwork(nn.Module):
         """
         inner, outer = list(self.inner_blocks), list(self.layer_blocks)
         names, features = _check_features(x, inner)
-        _, results = pyramid(features, inner, outer, mode=self.mode, gain=GAINS[self.fuse_type])
+        if must_step_aside(features) or self._is_overridden():
+            results = self._compose(features)
+        else:
+            _, results = pyramid(features, inner, outer, mode=self.mode, gain=GAINS[self.fuse_type])
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, features, names)
             if len(results) != len(names):
@@ -124,6 +130,34 @@ class FeaturePyramidNetwork(nn.Module):
         if isinstance(x, Mapping):
             return OrderedDict(zip(names, results, strict=True))
         return tuple(results)
+
+    def _is_overridden(self) -> bool:
+        """Whether one of torchvision's methods that the forward is made of is somebody else's."""
+        cls, held = type(self), self.__dict__
+        return (
+            cls.get_result_from_inner_blocks is not _GET_RESULT_FROM_INNER_BLOCKS
+            or cls.get_result_from_layer_blocks is not _GET_RESULT_FROM_LAYER_BLOCKS
+            or "get_result_from_inner_blocks" in held
+            or "get_result_from_layer_blocks" in held
+        )
+
+    def _compose(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The output maps by modules and PyTorch's own functions, as torchvision computes them."""
+        merged = self.get_result_from_inner_blocks(features[-1], -1)
+        results = [self.get_result_from_layer_blocks(merged, -1)]
+        for level in reversed(range(len(features) - 1)):
+            lateral = self.get_result_from_inner_blocks(features[level], level)
+            align_corners = False if self.mode == "bilinear" else None
+            top = F.interpolate(merged, size=lateral.shape[-2:], mode=self.mode, align_corners=align_corners)
+            merged = lateral + top if self.fuse_type == "sum" else GAINS[self.fuse_type] * (lateral + top)
+            results.insert(0, self.get_result_from_layer_blocks(merged, level))
+        return results
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile, torch.export or"
+            " torch.jit.trace, or load its state_dict into torchvision.ops.FeaturePyramidNetwork and script that"
+        )
 
     def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
         """``inner_blocks[idx](x)``: one level's lateral map, before the merge (torchvision's method)."""
@@ -156,6 +190,10 @@ class FeaturePyramidNetwork(nn.Module):
         return f"mode={self.mode!r}, fuse_type={self.fuse_type!r}"
 
 
+_GET_RESULT_FROM_INNER_BLOCKS = FeaturePyramidNetwork.get_result_from_inner_blocks
+_GET_RESULT_FROM_LAYER_BLOCKS = FeaturePyramidNetwork.get_result_from_layer_blocks
+
+
 def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list[Tensor]]:
     if isinstance(x, Mapping):
         names, features = list(x.keys()), list(x.values())
@@ -175,6 +213,8 @@ def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list
 
 def _check_feature(level: int, key: Any, feature: Any, block: nn.Module) -> None:
     if not isinstance(feature, Tensor):
+        if isinstance(feature, torch.fx.Proxy):
+            return  # nothing is known of it while a graph is traced
         raise TypeError(f"x[{key!r}]: expected a Tensor for level {level}, got {type(feature).__name__}")
     if feature.dim() != 4:
         raise ValueError(f"x[{key!r}]: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")

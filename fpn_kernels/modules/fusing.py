@@ -2,32 +2,32 @@
 
 A block is a convolution, alone or followed by a norm in an `nn.Sequential`.  The fused call bypasses the
 modules themselves, so it is taken only where calling them could have no effect but the convolution and the
-norm: anything that was hooked, patched or replaced runs as the module it is.
+norm: anything that was hooked, patched, parametrised or replaced runs as the module it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import torch.nn.modules.module as module_globals
+import torch
 from torch import Tensor, nn
 
-from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics
+from fpn_kernels.modules.alterations import is_altered, torch_method
+from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics, tensors_of
+
+_SEQUENTIAL_FORWARD = torch_method(nn.Sequential, "forward")
+_CONV_FORWARD = torch_method(nn.Conv2d, "forward")
+_CONV_INNER_FORWARD = torch_method(nn.Conv2d, "_conv_forward")
+_IDENTITY_FORWARD = torch_method(nn.Identity, "forward")
+
+_TENSORS = (Tensor, nn.Parameter)
+_WIDE = (torch.float32, torch.float64)
+
+Parameters = tuple[Tensor, Tensor | None]
 
 
-def _everything_is_observed() -> bool:
-    """Whether someone hooked all modules."""
-    hooks = module_globals
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
-
-
-def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor | None] | None:
+def fused_parameters(block: nn.Module, kernel_size: int) -> Parameters | None:
     """The weight and bias that compute `block` in one convolution, or None where it must run as a module.
 
     Args:
@@ -35,11 +35,23 @@ def fused_parameters(block: nn.Module, kernel_size: int) -> tuple[Tensor, Tensor
         kernel_size: 1 for a lateral connection, 3 (padding 1) for an output convolution.
     """
     if isinstance(block, nn.Sequential):
+        if not is_plain_sequential(block):
+            return None
         modules = tuple(block)
-        if not _is_pristine(block, nn.Sequential.forward) or not 1 <= len(modules) <= 2:
+        if not 1 <= len(modules) <= 2:
             return None
         return convolution_parameters(modules[0], modules[1] if len(modules) == 2 else None, kernel_size)
     return convolution_parameters(block, None, kernel_size)
+
+
+def is_plain_sequential(block: nn.Module) -> bool:
+    """Whether a call of `block` is a call of each of its modules and nothing else."""
+    return type(block).forward is _SEQUENTIAL_FORWARD and not is_altered(block)
+
+
+def is_identity(block: nn.Module) -> bool:
+    """Whether a call of `block` does nothing at all."""
+    return type(block).forward is _IDENTITY_FORWARD and not is_altered(block)
 
 
 def convolution_parameters(
@@ -47,8 +59,8 @@ def convolution_parameters(
     norm: nn.Module | None,
     kernel_size: int,
     *,
-    forward: Callable[..., Any] = nn.Conv2d.forward,
-) -> tuple[Tensor, Tensor | None] | None:
+    forward: Callable[..., Any] = _CONV_FORWARD,
+) -> Parameters | None:
     """The weight and bias that compute ``norm(convolution(x))`` in one convolution, or None where they must run.
 
     For blocks of other libraries, which hold the two in containers of their own; whether the container itself
@@ -60,53 +72,64 @@ def convolution_parameters(
         kernel_size: as in `fused_parameters`.
         forward: the forward that the class of `convolution` must have.
     """
-    if _everything_is_observed():
-        return None
     if not isinstance(convolution, nn.Conv2d) or not _is_plain(convolution, kernel_size, forward):
         return None
-    if norm is not None and (is_observed(norm) or not has_fixed_statistics(norm)):
+    parameters = _parameters(convolution)
+    if parameters is None or norm is None:
+        return parameters
+    weight, bias = parameters
+    # Not in 16 bits: a scale of 1 / sqrt(eps) times a mean overflows float16, where convolution and norm do not.
+    if weight.dtype not in _WIDE or is_autocast(weight):
         return None
-    # Read once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
-    weight, bias = _parameters(convolution)
-    if hasattr(type(weight), "__tensor_flatten__"):
-        return None  # a wrapper (DTensor, a quantised weight): only the module's own call knows what it means
-    return (weight, bias) if norm is None else fold(weight, bias, norm)
+    if is_altered(norm) or not has_fixed_statistics(norm):
+        return None
+    if not all(type(tensor) in _TENSORS and tensor.dtype == weight.dtype for tensor in tensors_of(norm)):
+        return None
+    return fold(weight, bias, norm)
 
 
-def _parameters(convolution: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    held = convolution._parameters
-    if type(convolution) is nn.Conv2d and "weight" in held and "bias" in held:
-        # What `nn.Module.__getattr__` would find, which takes 0.9 us each (one core of Zen 3).
-        return cast(Tensor, held["weight"]), held["bias"]
-    return convolution.weight, convolution.bias
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is enabled for the device of a tensor."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _parameters(convolution: nn.Conv2d) -> Parameters | None:
+    """The weight and bias as attribute lookup finds them; None where they are computed, or known to a subclass alone.
+
+    `nn.Module.__getattr__` takes 0.9 us each (one core of Zen 3).
+    """
+    held = convolution.__dict__
+    registered = held["_parameters"]
+    found: list[Any] = []
+    for name in ("weight", "bias"):
+        if name in held:  # what `nn.DataParallel` and FSDP put in the place of a parameter
+            found.append(held[name])
+        elif name in registered and (type(convolution) is nn.Conv2d or not hasattr(type(convolution), name)):
+            found.append(registered[name])
+        else:
+            return None
+    weight, bias = found
+    return (weight, bias) if _is_dense(weight) and (bias is None or _is_dense(bias)) else None
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a tensor is torch's own: what a subclass stands for is known to its module's call alone."""
+    cls = type(value)
+    # torch.export without Dynamo puts fake tensors in the place of parameters.
+    return cls in _TENSORS or cls.__module__.startswith("torch._subclasses.")
 
 
 def _is_plain(convolution: nn.Conv2d, kernel_size: int, forward: Callable[..., Any]) -> bool:
     """Whether this is the convolution that the fused calls compute, called by nobody else's code."""
+    cls = type(convolution)
     return (
-        _is_pristine(convolution, forward)
-        and type(convolution)._conv_forward is nn.Conv2d._conv_forward
+        cls.forward is forward
+        and cls._conv_forward is _CONV_INNER_FORWARD
+        and not is_altered(convolution)
         and convolution.kernel_size == (kernel_size, kernel_size)
         and convolution.padding == (kernel_size // 2, kernel_size // 2)
         and convolution.stride == (1, 1)
         and convolution.dilation == (1, 1)
         and convolution.groups == 1
         and convolution.padding_mode == "zeros"
-    )
-
-
-def _is_pristine(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    # Parametrisations swap a module's class for a subclass that inherits forward: they pass, a subclass with
-    # a forward of its own does not.
-    return type(module).forward is forward and not is_observed(module)
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether someone hooked this module, or put a forward of their own on the instance."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )

@@ -1,13 +1,15 @@
 """A pyramid over the blocks that hold its parameters: the top-down pathway, and the output maps.
 
-Every block that a fused call can stand in for is given to one; any other is called as the module it is, and its
-result merged by `upsample_add`.
+Every block that a fused call can stand in for is given to one; any other is called as the module it is, as often and
+in the order as in the network that it is from, and its result merged by `upsample_add`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,29 @@ from torch import Tensor, nn
 
 from fpn_kernels import functional
 from fpn_kernels.backends.layouts import result_format
-from fpn_kernels.modules.fusing import fused_parameters
+from fpn_kernels.modules.fusing import Parameters, fused_parameters, is_autocast, is_identity
 
 GAINS = {"sum": 1.0, "avg": 0.5}
 
-Parameters = tuple[Tensor, Tensor | None]
 FindParameters = Callable[[nn.Module, int], Parameters | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """In which order a network calls its blocks, which shows where a call changes state or its input.
+
+    Attributes:
+        laterals_first: all lateral blocks are called before the first merge, the finest first; else each before its
+            merge, the coarsest first.
+        outputs: each output block is called "with its merge", or all are once all levels are merged, "finest first"
+            or "coarsest first".
+    """
+
+    laterals_first: bool
+    outputs: str
+
+
+LEVEL_BY_LEVEL = Order(laterals_first=False, outputs="with its merge")
 
 
 def pyramid(
@@ -28,6 +47,7 @@ def pyramid(
     inner_blocks: Sequence[nn.Module],
     output_blocks: Sequence[nn.Module],
     *,
+    order: Order = LEVEL_BY_LEVEL,
     mode: str = "nearest",
     gain: float = 1.0,
     scale_factor: int | None = None,
@@ -35,30 +55,120 @@ def pyramid(
 ) -> tuple[Sequence[Tensor], list[Tensor]]:
     """The merged maps, finest first, and the output maps of the finest levels, as many as there are output blocks.
 
+    Blocks that a fused call stands in for have no effect of their own, so the order of their calls is free.  Where
+    one of the output blocks is not such a block, all calls are in the network's order, on maps in the caller's layout.
+
     The merged maps lie in memory as the output convolutions read them fastest; `in_layout_of` takes one out in the
-    caller's layout, which every output map has.  The other arguments are those of `merge_levels`.
+    caller's layout, which every output map has.
+
+    Args:
+        features: the backbone's maps, finest first.
+        inner_blocks: the lateral block of each level.
+        output_blocks: the output block of each level, from the finest on.
+        order: the network's order of calls.
+        mode: as in `fpn_kernels.upsample_add`.
+        gain: factor on each merge.
+        scale_factor: None where a map is resized to the size of the one it is added to; a number where it is
+            enlarged by that, so that other sizes are the error (or the broadcast) of PyTorch's own sum.
+        find_parameters: gives the weight and bias of a block, or None where it must run as a module.
     """
-    # Found once: a parametrised weight is computed by the reading, and some (spectral norm) advance by it.
-    outputs = [find_parameters(block, 3) for block in output_blocks]
+    inner = [find_parameters(block, 1) for block in inner_blocks]
+    outer = [find_parameters(block, 3) for block in output_blocks]
+    resize = {"mode": mode, "gain": gain, "scale_factor": scale_factor}
+    opaque = [block for block, parameters in zip(output_blocks, outer, strict=True) if parameters is None]
+    if all(map(is_identity, opaque)):
+        merged = _merge_all(features, inner_blocks, inner, order, resize, _merged_format(features, outer))
+        convolved = _output_maps(features, merged, outer)
+        return merged, [
+            in_layout_of(feature, level) if output is None else output
+            for feature, level, output in zip(features, merged, convolved, strict=False)
+        ]
+    return _in_order(features, inner_blocks, inner, output_blocks, outer, order, resize)
+
+
+def _merged_format(features: Sequence[Tensor], outputs: Sequence[Parameters | None]) -> torch.memory_format:
+    """The layout in which the output convolutions read the merged maps fastest."""
     given = [parameters[0] for parameters in outputs if parameters is not None]
+    if not given:
+        return torch.preserve_format
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *features))
-    merged = merge_levels(
-        features,
-        inner_blocks,
-        mode=mode,
-        gain=gain,
-        scale_factor=scale_factor,
-        memory_format=(
-            functional.output_conv_format(features[0], recorded=recorded) if given else torch.preserve_format
-        ),
-        find_parameters=find_parameters,
-    )
-    convolved = _output_maps(features, merged, outputs)
-    # A block of someone else's may read the layout as well (by a view, say): it gets the caller's.
-    return merged, [
-        block(in_layout_of(feature, level)) if output is None else output
-        for block, feature, level, output in zip(output_blocks, features, merged, convolved, strict=False)
-    ]
+    return functional.output_conv_format(features[0], recorded=recorded)
+
+
+def _merge_all(
+    features: Sequence[Tensor],
+    blocks: Sequence[nn.Module],
+    parameters: Sequence[Parameters | None],
+    order: Order,
+    resize: dict[str, Any],
+    memory_format: torch.memory_format,
+) -> Sequence[Tensor]:
+    """The merged maps, finest first: one fused call where every block has parameters."""
+    given = [each for each in parameters if each is not None]
+    if len(given) == len(blocks) and all(
+        _fits(top, feature, resize["scale_factor"]) for feature, top in itertools.pairwise(features)
+    ):
+        weights, biases = zip(*given, strict=True)
+        return functional.top_down_pathway(
+            features, weights, biases, mode=resize["mode"], gain=resize["gain"], memory_format=memory_format
+        )
+    return list(_merges(features, blocks, parameters, order, resize))[::-1]
+
+
+def _merges(
+    features: Sequence[Tensor],
+    blocks: Sequence[nn.Module],
+    parameters: Sequence[Parameters | None],
+    order: Order,
+    resize: dict[str, Any],
+) -> Iterator[Tensor]:
+    """The merged maps, coarsest first, each computed when it is asked for and in the layout of its feature."""
+    laterals: list[Tensor | None] = [None] * len(features)
+    if order.laterals_first:
+        for level, (block, found) in enumerate(zip(blocks, parameters, strict=True)):
+            laterals[level] = block(features[level]) if found is None else None
+    top = None
+    for level in reversed(range(len(features))):
+        lateral = laterals[level]
+        if lateral is None:
+            top = merge_level(features[level], blocks[level], parameters[level], top, **resize)
+        elif top is None:
+            top = lateral
+        else:
+            top = add_top(lateral, top, **resize)
+        yield top
+
+
+def _in_order(
+    features: Sequence[Tensor],
+    inner_blocks: Sequence[nn.Module],
+    inner: Sequence[Parameters | None],
+    output_blocks: Sequence[nn.Module],
+    outer: Sequence[Parameters | None],
+    order: Order,
+    resize: dict[str, Any],
+) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """`pyramid` with every call where the network has it."""
+    merged: list[Tensor] = []  # coarsest first
+    results: dict[int, Tensor] = {}
+
+    def output(level: int) -> None:
+        feature, parameters = merged[len(features) - 1 - level], outer[level]
+        if parameters is None:
+            results[level] = output_blocks[level](feature)
+        else:
+            results[level] = functional.output_conv(feature, *parameters, memory_format=result_format(features[level]))
+
+    for top in _merges(features, inner_blocks, inner, order, resize):
+        merged.append(top)
+        level = len(features) - len(merged)
+        if order.outputs == "with its merge" and level < len(outer):
+            output(level)
+    if order.outputs != "with its merge":
+        levels = range(len(outer))
+        for level in levels if order.outputs == "finest first" else reversed(levels):
+            output(level)
+    return merged[::-1], [results[level] for level in range(len(outer))]
 
 
 def _output_maps(
@@ -85,46 +195,6 @@ def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:
     """A merged map in the layout of the feature that it was made from; itself where it has that layout."""
     wanted = result_format(feature)
     return merged if result_format(merged) == wanted else functional.reorder(merged, wanted)
-
-
-def merge_levels(
-    features: Sequence[Tensor],
-    blocks: Sequence[nn.Module],
-    *,
-    mode: str = "nearest",
-    gain: float = 1.0,
-    scale_factor: int | None = None,
-    memory_format: torch.memory_format = torch.preserve_format,
-    find_parameters: FindParameters = fused_parameters,
-) -> Sequence[Tensor]:
-    """The top-down pathway: the merged maps, finest first.
-
-    Args:
-        features: the backbone's maps, finest first.
-        blocks: the lateral block of each level.
-        mode: as in `fpn_kernels.upsample_add`.
-        gain: factor on each merge.
-        scale_factor: None where a map is resized to the size of the one it is added to; a number where it is
-            enlarged by that, so that other sizes are the error (or the broadcast) of PyTorch's own sum.
-        memory_format: layout of the merged maps, where all levels are one fused call; else they keep their features'.
-        find_parameters: gives the weight and bias of a block, or None where it must run as a module.
-    """
-    parameters = [find_parameters(block, 1) for block in blocks]
-    fused = [each for each in parameters if each is not None]
-    if len(fused) == len(blocks) and all(
-        _fits(top, feature, scale_factor) for feature, top in itertools.pairwise(features)
-    ):
-        weights, biases = zip(*fused, strict=True)
-        return functional.top_down_pathway(features, weights, biases, mode=mode, gain=gain, memory_format=memory_format)
-    merged: list[Tensor] = []
-    for level in reversed(range(len(features))):
-        top = merged[-1] if merged else None
-        merged.append(
-            merge_level(
-                features[level], blocks[level], parameters[level], top, mode=mode, gain=gain, scale_factor=scale_factor
-            )
-        )
-    return merged[::-1]
 
 
 def merge_level(
@@ -161,8 +231,7 @@ def add_top(
 def _can_merge(feature: Tensor, top: Tensor | None, scale_factor: int | None) -> bool:
     if top is None:
         return True
-    cast = torch.is_autocast_enabled(feature.device.type)
-    return (cast or top.dtype == feature.dtype) and _fits(top, feature, scale_factor)
+    return (is_autocast(feature) or top.dtype == feature.dtype) and _fits(top, feature, scale_factor)
 
 
 def _fits(top: Tensor, lateral: Tensor, scale_factor: int | None) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool
@@ -136,6 +137,12 @@ class ResNetFPN(nn.Module):
         names = [*self.levels, *range(last + 1, last + 1 + len(maps) - len(self.levels))]
         return OrderedDict((f"p{level}", p) for level, p in zip(names, maps, strict=True))
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile, torch.export or"
+            " torch.jit.trace, or load its state_dict into torchvision's BackboneWithFPN and script that"
+        )
+
     def extra_repr(self) -> str:
         return f"levels={self.levels}, return_tuple={self.return_tuple}"
 
@@ -214,6 +221,8 @@ def _check_options(
 
 
 def _check_image(image: Any) -> None:
+    if isinstance(image, torch.fx.Proxy):
+        return  # nothing is known of it while a graph is traced
     if not isinstance(image, Tensor):
         raise TypeError(f"image: expected a Tensor [N, 3, H, W], got {type(image).__name__}")
     if not image.is_floating_point():

@@ -37,6 +37,7 @@ class FpnNeck(nn.Module):
     def forward(self, xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         assert len(xs) == len(self.convs)
         maps: list[Tensor] = []
+        encodings: list[Tensor] = []
         align = None if self.fpn_interp_model == "nearest" else False
         for conv, level in zip(self.convs, reversed(range(len(xs))), strict=True):
             merged = conv(xs[level])
@@ -45,4 +46,5 @@ class FpnNeck(nn.Module):
                 merged = merged + top
                 merged = merged / 2 if self.fuse_type == "avg" else merged
             maps.insert(0, merged)
-        return maps, [self.position_encoding(m).to(m.dtype) for m in maps]
+            encodings.insert(0, self.position_encoding(merged).to(merged.dtype))
+        return maps, encodings

@@ -53,13 +53,17 @@ class FeaturePyramidNetwork(nn.Module):
     def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
         return self.inner_blocks[idx](x)
 
+    def get_result_from_layer_blocks(self, x: Tensor, idx: int) -> Tensor:
+        return self.layer_blocks[idx](x)
+
     def forward(self, x: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         names, maps = list(x), list(x.values())
-        merged = [self.get_result_from_inner_blocks(maps[-1], -1)]
+        merged = self.get_result_from_inner_blocks(maps[-1], -1)
+        results = [self.get_result_from_layer_blocks(merged, -1)]
         for level in reversed(range(len(maps) - 1)):
             lateral = self.get_result_from_inner_blocks(maps[level], level)
-            merged.append(lateral + F.interpolate(merged[-1], size=lateral.shape[-2:]))
-        results = [block(m) for block, m in zip(self.layer_blocks, reversed(merged), strict=True)]
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:])
+            results.insert(0, self.get_result_from_layer_blocks(merged, level))
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, maps, names)
         return OrderedDict(zip(names, results, strict=True))
