@@ -30,7 +30,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     Dtypes and layout:
         Any floating-point dtype, which the result has, too (float16, bfloat16, float32, float64); computed by PyTorch,
-        which keeps NCHW and NHWC.  In a `FeaturePyramidNetwork` it is folded into the convolution before it.
+        which keeps NCHW and NHWC.  In a `FeaturePyramidNetwork` it is folded into the convolution before it, in float32
+        and float64.
 
     Cost:
         ``2 N C H W itemsize`` bytes; folded, none.

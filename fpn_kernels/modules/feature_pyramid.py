@@ -22,10 +22,10 @@ class FeaturePyramidNetwork(nn.Module):
     Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1
     convolution `inner_l` and a 3x3 convolution `layer_l`.  The whole top-down pathway is one fused call where
     every inner block is still the convolution it was built as, alone or followed by BatchNorm with fixed
-    statistics (eval mode, or frozen), which is folded into the call's weight and bias (in float32; rounded once
-    where the parameters are 16-bit; done anew at each call, so that no edit is missed).  Any other norm, and
-    BatchNorm in training, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
-    carries hooks or was replaced (by a LoRA adapter, a quantised convolution): it is called as it is.
+    statistics (eval mode, or frozen), which is folded into the call's weight and bias in float32 and float64 (anew
+    at each call, so that no edit is missed).  In 16 bits, under autocast, in training and of any other kind, a norm
+    runs by itself between the convolution and `fpn_kernels.upsample_add`.  A block that carries hooks, is patched,
+    parametrised or replaced (by a LoRA adapter, a quantised convolution) is called as it is, in torchvision's order.
 
     Args:
         in_channels_list: channels of each feature map, finest first.
