@@ -216,7 +216,7 @@ def test_verify_compares_training_too() -> None:
     network = network_of(norm=nn.BatchNorm2d).train()
     network.register_forward_hook(Detached())
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(RuntimeError, match="verify: the model itself: training step 0: the gradient of .* is missing;"):
+    with pytest.raises(RuntimeError, match="verify: the model itself: training step 0: the gradient of .* is missing"):
         fpn_kernels.fuse(network, verify=maps())
     assert type(network) is FeaturePyramidNetwork and network.training
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
@@ -232,9 +232,7 @@ class MovesWhenFused(nn.Module):
 def test_verify_names_the_buffer_that_differs() -> None:
     network = network_of(norm=nn.BatchNorm2d)
     network.register_forward_pre_hook(MovesWhenFused())
-    with pytest.raises(
-        RuntimeError, match=r"training step 0: buffer \['inner_blocks.0.1.running_mean'\]: relative err"
-    ):
+    with pytest.raises(RuntimeError, match=r"step 0: buffer\['inner_blocks.0.1.running_mean'\]: relative"):
         fpn_kernels.fuse(network, verify=maps())
 
 

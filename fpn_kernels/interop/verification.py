@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,9 +19,10 @@ from fpn_kernels.interop.dialect import Random
 from fpn_kernels.interop.randomness import OwnRandomNumbers
 
 _STEPS = 3
-# Of a parameter's norm: small enough that no run leaves the range of float16.
+# Of the parameters' norm: small enough that no run leaves the range of float16.
 _STEP_SIZE = 1e-3
-# Gradients that cancel (of a bias before BatchNorm in training) are as inexact as the large ones beside them.
+# Gradients that cancel (of a bias before BatchNorm in training) are as inexact as the large ones beside them; so is a
+# mean near zero.
 _CANCELLED = 0.1
 # How much more than one rounding of parameters and inputs the roundings of another order of sums may change.
 _AMPLIFIED = 16
@@ -103,14 +103,14 @@ def training_difference(module: nn.Module, original: type[nn.Module], call: Call
     """
     dtypes, tf32 = _dtypes(module, [call.output])
     expected = _train(_copy(module), original, call)
-    rounded = _train(_copy(module), original, call, changed_by=roundoff(*dtypes, tf32=tf32))
+    rounded = _train(_copy(module), original, call, changed_by=2 * roundoff(*dtypes, tf32=tf32))
     try:
         actual = _train(_copy(module), type(module), call)
     except Exception as error:
         return f"in training: {type(error).__name__}: {error}"
     limit = tolerance(*dtypes, tf32=tf32)
     for number, steps in enumerate(zip(actual, expected, rounded, strict=True)):
-        found = _difference_of_steps(*steps, limit)
+        found = difference_of_steps(*steps, limit)
         if found is not None:
             return f"training step {number}: {found}"
     return None
@@ -130,17 +130,33 @@ class Step:
     gradients: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that are compared by their values, by name."""
-        leaves, _ = pytree.tree_flatten_with_path((self.output, dict(self.buffers)))
-        found = {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
-        found = {
-            f"output{name[3:]}" if name.startswith("[0]") else f"buffer {name[3:]}": x for name, x in found.items()
-        }
-        return {name: x for name, x in found.items() if x.is_floating_point()}
+    def errors(self, other: Step) -> dict[str, float]:
+        """The relative error of each floating-point tensor of another step with the same tensors, by name."""
+        found: dict[str, float] = {}
+        for kind, floor in (("output", 0.0), ("gradients", _CANCELLED), ("buffers", _CANCELLED)):
+            mine, theirs = (pytree.tree_flatten_with_path(getattr(step, kind))[0] for step in (self, other))
+            pairs = [
+                (f"{_NAMES[kind]}{pytree.keystr(path)}", got, want)
+                for (path, want), (_, got) in zip(mine, theirs, strict=True)
+                if isinstance(want, Tensor) and want.is_floating_point()
+            ]
+            lowest = floor * max((_norm(want) for _, _, want in pairs), default=0.0)
+            found |= {name: _error(got, want, lowest) for name, got, want in pairs}
+        return found
 
 
-def _difference_of_steps(actual: Step, expected: Step, rounded: Step, limit: float) -> str | None:
+_NAMES = {"output": "output", "gradients": "gradient", "buffers": "buffer"}
+
+
+def difference_of_steps(actual: Step, expected: Step, rounded: Step, limit: float) -> str | None:
+    """What differs between two steps by more than `limit` and by more than roundings do; or None.
+
+    Args:
+        actual: a step of the fused pyramid.
+        expected: the same of the original.
+        rounded: the same of the original that was changed by one rounding.
+        limit: the largest relative error where training amplifies nothing.
+    """
     for kind in ("output", "buffers"):  # all but the values of floating-point tensors
         found = first_difference(getattr(actual, kind), getattr(expected, kind), float("inf"))
         if found is not None:
@@ -148,27 +164,23 @@ def _difference_of_steps(actual: Step, expected: Step, rounded: Step, limit: flo
     if actual.gradients.keys() != expected.gradients.keys():
         name = min(actual.gradients.keys() ^ expected.gradients.keys())
         return f"the gradient of {name} is {'one that was not there' if name in actual.gradients else 'missing'}"
-    norms = [float(gradient.double().norm()) for gradient in expected.gradients.values()]
-    floor = _CANCELLED * max((norm for norm in norms if math.isfinite(norm)), default=0.0)
-    for name, want in expected.gradients.items():
-        bound = max(limit, _AMPLIFIED * _error(rounded.gradients[name], want, floor))
-        error = _error(actual.gradients[name], want, floor)
-        if error > bound:
-            return f"the gradient of {name}: relative error {error:.3g}, above {bound:.3g}"
-    theirs, changed = actual.tensors(), rounded.tensors()
-    for name, want in expected.tensors().items():
-        bound = max(limit, _AMPLIFIED * _error(changed[name], want))
-        error = _error(theirs[name], want)
+    errors, natural = expected.errors(actual), expected.errors(rounded)
+    bound = max(limit, _AMPLIFIED * max(natural.values(), default=0.0))
+    for name, error in errors.items():
         if error > bound:
             return f"{name}: relative error {error:.3g}, above {bound:.3g}"
     return None
 
 
-def _error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
     """The `relative_error`, of a tensor whose norm is at least `floor`."""
-    norm = float(torch.where(expected.isfinite(), expected, 0.0).double().norm())
+    norm = _norm(expected)
     error = relative_error(actual, expected)
     return error * norm / floor if norm < floor else error
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.where(tensor.isfinite(), tensor, 0.0).double().norm())
 
 
 def _train(module: nn.Module, cls: type[nn.Module], call: Call, changed_by: float = 0.0) -> list[Step]:
@@ -198,18 +210,23 @@ def _train(module: nn.Module, cls: type[nn.Module], call: Call, changed_by: floa
 
 
 def _rounded(x: Tensor, changed_by: float, random: Random) -> Tensor:
-    return (
-        x * (1 + changed_by * random.normal(*x.shape).to(x.device).sign()).to(x.dtype) if x.is_floating_point() else x
-    )
+    """A tensor with each element changed by a part of itself, up or down."""
+    if not x.is_floating_point():
+        return x
+    factors = 1 + changed_by * random.normal(*x.shape).double().sign()
+    return x * factors.to(x.device, x.dtype)
 
 
 def _descend(module: nn.Module) -> None:
+    """A step of gradient descent, small beside the parameters as a whole: a gradient may be rounding errors alone."""
+    trained = [(p, p.grad) for p in module.parameters() if p.grad is not None]
+    gradient = sum(_norm(grad) ** 2 for _, grad in trained) ** 0.5
+    step = _STEP_SIZE * sum(_norm(p.detach()) ** 2 for p, _ in trained) ** 0.5 / max(gradient, 1e-6)
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                step = _STEP_SIZE * parameter.norm() / parameter.grad.norm().clamp(min=1e-6)
-                parameter.sub_(parameter.grad * step)
-                parameter.grad = None
+        for parameter, grad in trained:
+            parameter.sub_(step * grad)
+            parameter.grad = None
+    torch.clear_autocast_cache()  # of casts of the parameters before the step
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -22,10 +22,16 @@ class FeaturePyramidNetwork(nn.Module):
     Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1
     convolution `inner_l` and a 3x3 convolution `layer_l`.  The whole top-down pathway is one fused call where
     every inner block is still the convolution it was built as, alone or followed by BatchNorm with fixed
-    statistics (eval mode, or frozen), which is folded into the call's weight and bias in float32 and float64 (anew
-    at each call, so that no edit is missed).  In 16 bits, under autocast, in training and of any other kind, a norm
-    runs by itself between the convolution and `fpn_kernels.upsample_add`.  A block that carries hooks, is patched,
-    parametrised or replaced (by a LoRA adapter, a quantised convolution) is called as it is, in torchvision's order.
+    statistics (eval mode, or frozen), which is folded into the call's weight and bias (anew at each call, so that
+    no edit is missed).  Any other norm, BatchNorm in training, and BatchNorm in 16 bits or under autocast, where what
+    is folded may overflow, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
+    carries hooks, is parametrised, or was patched, wrapped or replaced (by a LoRA adapter, a quantised convolution):
+    it is called as it is, in torchvision's order.
+
+    Where a functorch transform, forward-mode AD, a TorchScript or symbolic tracer, a hook of all modules or a replaced
+    `torch.nn.functional.conv2d`, `interpolate` or `batch_norm` looks on, and in a subclass that overrides
+    `get_result_from_inner_blocks` or `get_result_from_layer_blocks`, the pyramid is made of these two methods and
+    PyTorch's own functions.
 
     Args:
         in_channels_list: channels of each feature map, finest first.
@@ -206,6 +212,8 @@ def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list
         raise TypeError(f"x: expected a mapping, list or tuple of feature maps, finest first, got {type(x).__name__}")
     if len(features) != len(inner):
         raise ValueError(f"x: expected {len(inner)} feature maps, one for each level, got {len(features)}")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return names, features  # where sizes are tensors, and each check would warn of it
     for level, (key, feature, block) in enumerate(zip(keys, features, inner, strict=True)):
         _check_feature(level, key, feature, block)
     return names, features
@@ -214,7 +222,7 @@ def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list
 def _check_feature(level: int, key: Any, feature: Any, block: nn.Module) -> None:
     if not isinstance(feature, Tensor):
         if isinstance(feature, torch.fx.Proxy):
-            return  # nothing is known of it while a graph is traced
+            return  # nothing is known of it in a symbolic trace
         raise TypeError(f"x[{key!r}]: expected a Tensor for level {level}, got {type(feature).__name__}")
     if feature.dim() != 4:
         raise ValueError(f"x[{key!r}]: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")

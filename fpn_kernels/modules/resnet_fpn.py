@@ -221,7 +221,7 @@ def _check_options(
 
 
 def _check_image(image: Any) -> None:
-    if isinstance(image, torch.fx.Proxy):
+    if isinstance(image, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return  # nothing is known of it while a graph is traced
     if not isinstance(image, Tensor):
         raise TypeError(f"image: expected a Tensor [N, 3, H, W], got {type(image).__name__}")
