@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, torchvision_twin
-from fusion_cases import leaves
+from fusion_cases import ONE_EACH, leaves
 from resnet_twins import NamedLayersFPN, single_file_fpn
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -555,6 +555,24 @@ def test_altered_pyramids(seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------- what cannot be drawn
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_every_block_is_called_in_the_originals_order(case: Any, inplace: bool) -> None:
+    twin = case.make().eval()
+    if inplace:  # which changes the map that the next level reads, or has read
+        for conv in _convolutions(twin):
+            _replace(twin, conv, nn.Sequential(nn.ReLU(inplace=True), conv))
+    network, logs = fpn_kernels.fuse(copy.deepcopy(twin)), ([], [])
+    for model, log in zip((network, twin), logs, strict=True):
+        for name, part in model.named_modules():
+            part.register_forward_hook(Hook(log, name, False))
+    example = case.example()
+    with torch.no_grad():
+        results = [model(*copy.deepcopy(example)) for model in (network, twin)]
+    assert logs[0] == logs[1] and len(logs[0]) > 8
+    _assert_equal(*results)
 
 
 def _pair(norm: Any = None, cls: type[nn.Module] = torchvision_twin.FeaturePyramidNetwork) -> tuple[Any, Any]:

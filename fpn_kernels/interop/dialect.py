@@ -88,6 +88,15 @@ def in_channels(block: nn.Module) -> int:
     raise ValueError(f"{type(block).__name__} holds no convolution")
 
 
+def out_channels(block: nn.Module) -> int:
+    """Channels of the map that the last convolution of a block gives."""
+    channels = [getattr(module, "out_channels", None) for module in block.modules()]
+    known = [each for each in channels if isinstance(each, int)]
+    if not known:
+        raise ValueError(f"{type(block).__name__} holds no convolution")
+    return known[-1]
+
+
 def resize_refusal(option: str, mode: Any, *, align_corners: Any = None, scale_factor: Any = None) -> str | None:
     """Why a resize cannot be served, in terms of the option that asks for it; or None."""
     if mode not in MODES:

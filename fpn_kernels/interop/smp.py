@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, out_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import merge_level
 
@@ -40,5 +40,5 @@ class SmpDialect(Dialect):
         return resize_refusal("interpolation_mode", getattr(module, "interpolation_mode", "nearest"))
 
     def example(self, module: Any, random: Random) -> tuple[Any, ...]:
-        fine, coarse = random.pyramid([in_channels(module.skip_conv), module.skip_conv.out_channels], exact=True)
+        fine, coarse = random.pyramid([in_channels(module.skip_conv), out_channels(module.skip_conv)], exact=True)
         return coarse, fine
