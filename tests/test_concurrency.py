@@ -206,11 +206,11 @@ assert fpn_kernels.explain("upsample_add", x, y).backend
 
 def test_records_and_forced_backends_end_with_their_block() -> None:
     """What tests and users set for a block is gone after it, raised through or not."""
-    assert not selection._records and selection._forced is None
+    assert not selection.records and selection._forced is None
     raised = pytest.raises(RuntimeError, match="on the way")
     with raised, fpn_kernels.use_backend("eager"), selection.record_calls():
         raise RuntimeError("on the way")
-    assert not selection._records and selection._forced is None
+    assert not selection.records and selection._forced is None
 
 
 @pytest.mark.gpu

@@ -159,7 +159,7 @@ _requests_lock = threading.Lock()
 # Of this thread alone, for a computation without gradients; goes before the others.
 _forced_here: contextvars.ContextVar[str | None] = contextvars.ContextVar("fpn_kernels_forced_here", default=None)
 
-_records: list[list[tuple[str, str]]] = []
+records: list[list[tuple[str, str]]] = []
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_explaining", default=False)
 
 
@@ -351,7 +351,7 @@ def is_explaining() -> bool:
 
 def record(operator: str, backend: str) -> None:
     """Writes a call served into each list that `record_calls` has given out."""
-    for calls in _records:
+    for calls in records:
         calls.append((operator, backend))
 
 
@@ -359,11 +359,11 @@ def record(operator: str, backend: str) -> None:
 def record_calls() -> Iterator[list[tuple[str, str]]]:
     """Yields a list that fills with ``(operator, backend)``, one pair a call served, from all threads."""
     calls: list[tuple[str, str]] = []
-    _records.append(calls)
+    records.append(calls)
     try:
         yield calls
     finally:
-        _records[:] = [other for other in _records if other is not calls]
+        records[:] = [other for other in records if other is not calls]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ class Prepared:
         self.operator, self.backend, self.run = operator, backend, run
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.backend is not None:
+        if selection.records and self.backend is not None:
             selection.record(self.operator, self.backend)
         return self.run(*arguments)
 

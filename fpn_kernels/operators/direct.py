@@ -69,11 +69,14 @@ def without_autocast(tensors: Iterable[Tensor | None]) -> AbstractContextManager
     What an operator computes has been cast already, and its gradient runs as its forward did, whatever region
     ``backward()`` is called in.
     """
-    device_type = next((tensor.device.type for tensor in tensors if tensor is not None), "")
-    if device_type not in AUTOCAST_KEYS or not torch.is_autocast_enabled(device_type):
-        return _AS_IT_IS
-    guard: AbstractContextManager[Any] = torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS[device_type])
-    return guard
+    for tensor in tensors:
+        if tensor is not None:
+            device_type = tensor.device.type
+            if device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
+                guard: AbstractContextManager[Any] = torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS[device_type])
+                return guard
+            break
+    return _AS_IT_IS
 
 
 def _set(*names: str) -> int:
@@ -167,11 +170,12 @@ def differentiable(
     has_keywords = signature.__code__.co_kwonlyargcount > 0
 
     def forward(ctx: Any, *values: Any) -> Any:
-        *flat, kernel, keywords, counts = values
-        inputs = _nested(flat, counts)
-        output = kernel(*inputs, **keywords)
+        *inputs, kernel, keywords, counts = values
         # Set once: several threads may run a node's backward at a time.
-        ctx.counts, ctx.wants = counts, _nested(ctx.needs_input_grad[:-3], counts)
+        ctx.counts, ctx.wants = counts, ctx.needs_input_grad[:-3]
+        if counts is not None:
+            inputs, ctx.wants = _nested(inputs, counts), _nested(ctx.wants, counts)
+        output = kernel(*inputs, **keywords)
         if has_keywords:
             setup_context(ctx, inputs, keywords, output)
         else:
@@ -182,10 +186,13 @@ def differentiable(
     def gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         with without_autocast(grads):
             listed = backward(ctx, grads) if ctx.lists else backward(ctx, *grads)
-        each = zip(listed if isinstance(listed, tuple) else (listed,), ctx.counts, strict=True)
-        # A list of numbers has no gradients: None for all of it.
-        flat = _flat([None] * count if grad is None and count is not None else grad for grad, count in each)
-        return (*flat, None, None, None)
+        if not isinstance(listed, tuple):
+            listed = (listed,)
+        if ctx.counts is not None:
+            each = zip(listed, ctx.counts, strict=True)
+            # A list of numbers has no gradients: None for all of it.
+            listed = _flat([None] * count if grad is None and count is not None else grad for grad, count in each)
+        return (*listed, None, None, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type(name, (torch.autograd.Function,), methods)
@@ -193,7 +200,10 @@ def differentiable(
     apply = super(torch.autograd.Function, function).apply
 
     def call(kernel: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
+        options = {**defaults, **keywords}
+        if list not in map(type, inputs):
+            return apply(*inputs, kernel, options, None)
         counts = [len(each) if isinstance(each, list) else None for each in inputs]
-        return apply(*_flat(inputs), kernel, {**defaults, **keywords}, counts)
+        return apply(*_flat(inputs), kernel, options, counts)
 
     return call
