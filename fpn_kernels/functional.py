@@ -18,9 +18,6 @@ from fpn_kernels import diagnostics
 from fpn_kernels.backends import convolution, selection
 from fpn_kernels.operators import checks, direct
 
-# Asked of all levels at once: of three lists of four, 2 us less (one core of Zen 3).
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -320,7 +317,8 @@ def _require_levels(name: str, values: object, *, optional: bool = False) -> Non
     if type(values) not in (list, tuple) and (isinstance(values, Tensor) or not isinstance(values, Sequence)):
         raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(values).__name__}")
     levels: Sequence[object] = values  # type: ignore[assignment]
-    if _PLAIN.issuperset(map(type, levels)):
+    # One check for all levels: 2 us less for three lists of four (one core of Zen 3).
+    if direct.PLAIN_TENSORS.issuperset(map(type, levels)):
         return
     for level, value in enumerate(levels):
         _require_tensor(f"{name}[{level}]", value, optional=optional)

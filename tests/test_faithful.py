@@ -37,7 +37,6 @@ from fpn_kernels.interop.swapping import is_fused
 from fpn_kernels.interop.verification import Call, Step, _train, difference_of_steps
 from fpn_kernels.modules import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-DESCRIBE = False
 CHANNELS, WIDTH = [3, 4, 5], 4
 SIZES = [(12, 16), (6, 8), (3, 4)]
 
@@ -492,9 +491,6 @@ def _case(seed: int) -> None:
         context = "none"  # its nodes are of the autocast dtype, as the promise is; eager's resize is float32 on the CPU
     hook_seed = draw.randrange(2**32) if draw.random() < 0.5 else None
     described = [make.__name__, [e.__name__ for e in edits], str(dtype), context, hook_seed is not None, fuse_first]
-
-    if DESCRIBE:
-        print(described)
 
     def altered(module: nn.Module, change_seed: int = seed) -> nn.Module:
         torch.manual_seed(change_seed)

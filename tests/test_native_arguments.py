@@ -294,7 +294,7 @@ def test_maps_without_elements_are_harmless(operator: str, dtype: torch.dtype, m
             arguments = _arguments(operator, dtype)
             _call(operator, arguments)
             for name in _outputs(operator):
-                # A sum over nothing is zero; whoever returns False left the rest alone.
+                # An empty sum is zero; an operator that returned False wrote nothing else.
                 assert not arguments[name].isnan().any()
 
 

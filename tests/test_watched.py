@@ -90,7 +90,7 @@ def _forward_over_reverse(f: Function, values: Sequence[Tensor], tangents: Seque
 
 
 def _tangent_of_upstream(f: Function, values: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
-    """A backward whose forward nobody looked at."""
+    """Only the upstream gradient has a tangent; the forward ran without one."""
     leaves = [value.detach().requires_grad_() for value in values]
     result = f(*leaves)
     with forward_ad.dual_level():

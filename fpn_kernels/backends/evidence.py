@@ -1,4 +1,4 @@
-"""Why a backend serves a call: the runs in benchmarks/results, and the arguments for the calls that nobody has timed.
+"""Why a backend serves a call: a run in benchmarks/results, or an argument for a call that was never timed.
 
 A figure is the lowest and the highest ratio to eager over the rows of a run that an operator has served, on the device.
 An operator of a backward is timed with its forward.  `tests/test_evidence.py` reads the same figures from the runs.

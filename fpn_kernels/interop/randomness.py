@@ -1,4 +1,4 @@
-"""Random numbers of a run from generators of its own, so that two runs draw the same and nobody's seed is moved."""
+"""Random numbers from separate generators: two runs draw the same numbers, and the user's generators do not move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SEED = 0
 
 
 class OwnRandomNumbers(TorchDispatchMode):
-    """Hands a generator, seeded anew for each use of this mode, to every random operator of this thread.
+    """Passes its own generator to every random operator of this thread.  Each use of the mode seeds it again.
 
     The generators of PyTorch and of other threads are not touched.  Fused attention with dropout takes no generator:
     it goes on drawing from the default one.

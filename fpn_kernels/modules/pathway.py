@@ -122,7 +122,7 @@ def _merges(
     order: Order,
     resize: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """The merged maps, coarsest first, each computed when it is asked for and in the layout of its feature."""
+    """Yield the merged maps, coarsest first.  Each is computed lazily, in the layout of its feature."""
     laterals: list[Tensor | None] = [None] * len(features)
     if order.laterals_first:
         for level, (block, found) in enumerate(zip(blocks, parameters, strict=True)):

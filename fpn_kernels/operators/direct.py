@@ -46,7 +46,7 @@ def _autocast_keys() -> dict[str, Any]:
 AUTOCAST_KEYS = _autocast_keys()
 _AS_IT_IS = contextlib.nullcontext()
 
-_TYPES = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
@@ -109,7 +109,7 @@ def _questions() -> Callable[[Sequence[Tensor | None]], types.SimpleNamespace | 
         if first is None:
             return None
         given = [tensor for tensor in tensors if tensor is not None]
-        if not _TYPES.issuperset(map(type, given)):
+        if not PLAIN_TENSORS.issuperset(map(type, given)):
             return None
         for keys in {*map(number_of, map(keys_of, given))}:
             if keys & other_tensors:
