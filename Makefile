@@ -72,8 +72,8 @@ test: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
 
 test-nightly: build
-	FPN_KERNELS_ALL_CASES=1 $(PY) -m pytest $(WORKERS) -m sampled $(ARGS)
-	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "sampled and interpreter" $(ARGS)
+	FPN_KERNELS_ALL_CASES=1 $(PY) -m pytest $(WORKERS) -m "sampled or nightly" $(ARGS)
+	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "(sampled or nightly) and interpreter" $(ARGS)
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
 

@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ecosystem: runs other libraries' models; skipped where they are not installed")
     config.addinivalue_line("markers", "interpreter: runs Triton kernels on the CPU, under TRITON_INTERPRET=1")
     config.addinivalue_line("markers", "large: takes 16 GB of memory and a minute; `make test-large` runs these")
+    config.addinivalue_line("markers", "nightly: slow, and rarely breaks; `make test-nightly` runs these")
     config.addinivalue_line("markers", "sampled(n): one case in n (2n, interpreted); `make test-nightly` runs all")
     if torch.cuda.is_available():
         # float32 is compared with float64: products in IEEE's. `test_tf32.py` is about the other kind.
@@ -39,8 +40,18 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_nightly_out(config, items)
     _sample(config, items)
     _skip(items)
+
+
+def _leave_nightly_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked `nightly`, except in a nightly run or where a test is named on the command line."""
+    if ALL_CASES or any("::" in argument for argument in config.args):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=nightly)
+    items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:

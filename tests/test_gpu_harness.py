@@ -112,7 +112,7 @@ def test_terminated_it_keeps_what_it_has_and_ends_its_children(tmp_path: Path) -
     assert process.returncode == 1 and "interrupted" in out and "INCOMPLETE" in out
     found = document.load(file)
     assert not found["complete"] and found["environment"]["torch"]
-    assert not _running(str(units))
+    _until(lambda: not _running(str(units)), seconds=20)  # a killed process ends when the kernel gets to it
 
 
 def _until(condition: Callable[[], bool], seconds: float = 90) -> None:
