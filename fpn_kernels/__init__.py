@@ -4,7 +4,6 @@
 from fpn_kernels import compatibility as compatibility  # isort: split
 
 from fpn_kernels import reference
-from fpn_kernels.backends.selection import available_backends, use_backend
 from fpn_kernels.diagnostics import explain
 from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add, weighted_merge
 from fpn_kernels.interop import convert_state_dict, fuse, unfuse
@@ -20,6 +19,7 @@ from fpn_kernels.modules import (
     resnet101_fpn,
 )
 from fpn_kernels.operators.decompositions import decompositions
+from fpn_kernels.operators.dispatch import available_backends, use_backend
 from fpn_kernels.roi import assign_levels
 from fpn_kernels.version import __version__
 

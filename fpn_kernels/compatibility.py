@@ -60,3 +60,12 @@ def mark_first_import() -> None:
 
 require_torch()
 require_first_import()
+
+
+def tf32_is_allowed() -> bool:
+    """PyTorch's switch for float32 convolutions on CUDA.
+
+    The older `torch.backends.cudnn.allow_tf32` raises where the newer switches differ for convolutions and for RNNs.
+    """
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fpn_kernels import compatibility
-from fpn_kernels.backends import selection
-from fpn_kernels.backends.selection import Explanation
+from fpn_kernels import compatibility, functional
+from fpn_kernels.operators import dispatch
+from fpn_kernels.operators.dispatch import Explanation
+from fpn_kernels.operators.operator import OPERATORS
 from fpn_kernels.version import __version__
 
-OPERATORS = (
-    *("upsample_add", "upsample_add_backward", "lateral_connection", "merge_backward"),
-    *("top_down_pathway", "weighted_merge", "weighted_merge_backward"),
-    *("output_conv", "output_conv_levels", "output_conv_backward_weight", "reorder", "channel_sums"),
-)
-
-# Public functions that do not hand their arguments to the operator as they are; each is entered where it is defined.
-PUBLIC: dict[str, Callable[..., Any]] = {}
+# Public functions whose arguments differ from their operator's.
+_PUBLIC = ("lateral_connection", "output_conv", "output_conv_levels", "top_down_pathway", "weighted_merge")
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -52,17 +46,16 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", None)
     if name not in OPERATORS:
-        raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
-    call = PUBLIC.get(name)
-    if call is None:
-        call = getattr(torch.ops.fpn_kernels, name).default
+        raise ValueError(f"operator: expected one of {tuple(OPERATORS)}, got {operator!r}")
+    call: Any = getattr(functional, name) if name in _PUBLIC else OPERATORS[name].dispatched.default
+    if name not in _PUBLIC:
         for argument in call._schema.arguments[len(args) :]:
             if isinstance(argument.type, torch.OptionalType) and not argument.has_default_value():
                 kwargs.setdefault(argument.name, None)
     try:
-        with torch.no_grad(), selection.explaining():
+        with torch.no_grad(), dispatch.explaining():
             call(*args, **kwargs)
-    except selection.Explained as answer:
+    except dispatch.Explained as answer:
         return answer.explanation
     except RuntimeError as error:
         raise TypeError(f"{name}: the arguments do not fit its schema: {error}") from error
@@ -94,7 +87,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[
 def _who_serves(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[str]:
     try:
         return str(explain(name, *arguments, **keywords)).splitlines()
-    except selection.BackendUnavailableError as error:
+    except dispatch.BackendUnavailableError as error:
         return str(error).splitlines()
 
 
@@ -120,12 +113,12 @@ def report() -> str:
         "python": platform.python_version(),
     }
     lines = [f"{name:<12} {version}" for name, version in versions.items()] + [""]
-    forced = os.environ.get(selection.ENVIRONMENT_VARIABLE)
+    forced = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
     if forced:
-        lines += [f"{selection.ENVIRONMENT_VARIABLE}={forced} forces a backend", ""]
+        lines += [f"{dispatch.ENVIRONMENT_VARIABLE}={forced} forces a backend", ""]
     lines.append("backends, in order of preference")
-    for backend in selection.backends():
-        lines.append(f"  {backend.name:<8} {backend.unavailable() or 'available'}")
+    for name, unavailable in dispatch.BACKENDS.items():
+        lines.append(f"  {name:<8} {unavailable() or 'available'}")
     for device in _devices():
         lines += ["", _device_name(device)]
         for dtype in (torch.bfloat16, torch.float32):

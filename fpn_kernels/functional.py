@@ -1,8 +1,7 @@
 """The public functions: arguments, promises, and the operator that each one calls.
 
-Shapes, dtypes and devices are checked by the operators (`operators/checks.py`), after autocast has cast what it
-casts; the types of the arguments, which the dispatcher would report in its own words, are checked here.  What is no
-tensor but stands for one (`__torch_function__`: a proxy of `torch.fx`, a subclass, a mode) is given the call first.
+The types of the arguments are checked here; the operators check shapes, dtypes and devices, after autocast has cast the
+tensors.  A `__torch_function__` (of a proxy of `torch.fx`, a subclass, a mode) gets the call before any check.
 """
 
 from __future__ import annotations
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from fpn_kernels import diagnostics
-from fpn_kernels.backends import convolution, selection
-from fpn_kernels.operators import checks, direct
+from fpn_kernels.operators import aten, checks, dispatch, paths
+from fpn_kernels.operators.lateral_connection import LATERAL_CONNECTION
+from fpn_kernels.operators.output_conv import OUTPUT_CONV, OUTPUT_CONV_LEVELS
+from fpn_kernels.operators.reorder import REORDER
+from fpn_kernels.operators.top_down_pathway import TOP_DOWN_PATHWAY
+from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD
+from fpn_kernels.operators.weighted_merge import WEIGHTED_MERGE
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -93,7 +96,7 @@ def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: f
     _require_tensor("top", top)
     _require_tensor("lateral", lateral)
     _require_options(mode, gain)
-    result: Tensor = direct.operators(top, lateral).upsample_add(top, lateral, mode=mode, gain=float(gain))
+    result: Tensor = UPSAMPLE_ADD(top, lateral, mode=mode, gain=float(gain))
     return result
 
 
@@ -159,7 +162,7 @@ def lateral_connection(
     _require_tensor("top", top, optional=True)
     _require_options(mode, gain)
     _require_memory_format(memory_format)
-    result: Tensor = direct.operators(feature, weight, bias, top).lateral_connection(
+    result: Tensor = LATERAL_CONNECTION(
         feature, weight, bias, top, mode=mode, gain=float(gain), memory_format=memory_format
     )
     return result
@@ -210,9 +213,7 @@ def output_conv(
     _require_tensor("weight", weight)
     _require_tensor("bias", bias, optional=True)
     _require_memory_format(memory_format)
-    result: Tensor = direct.operators(feature, weight, bias).output_conv(
-        feature, weight, bias, memory_format=memory_format
-    )
+    result: Tensor = OUTPUT_CONV(feature, weight, bias, memory_format=memory_format)
     return result
 
 
@@ -249,21 +250,19 @@ def output_conv_levels(
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    operators = direct.operators(*features, *weights, *given)
-    # The dispatcher would make one node of all levels.
-    dispatched = operators is torch.ops.fpn_kernels and len(features) == len(weights)
-    if dispatched and _is_recorded(*features, *weights, *given):
+    path = paths.path_of(*features, *weights, *given)
+    # The dispatcher would record one node for all levels.
+    if path == paths.DISPATCHED and len(features) == len(weights) and _is_recorded(*features, *weights, *given):
         placed = [None] * len(features) if biases is None else biases
         each = zip(features, weights, placed, strict=True)
         return tuple(output_conv(*level, memory_format=memory_format) for level in each)
-    results: list[Tensor] = operators.output_conv_levels(
-        list(features), list(weights), given, levels, memory_format=memory_format
-    )
+    run = OUTPUT_CONV_LEVELS.on(path)
+    results: list[Tensor] = run(list(features), list(weights), given, levels, memory_format=memory_format)
     return tuple(results)
 
 
 def _is_recorded(*tensors: Tensor) -> bool:
-    """Whether autograd keeps what it needs: a compiler frees it in time."""
+    """Whether autograd will save tensors for a backward; a compiler frees them in time."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return any(tensor.requires_grad for tensor in tensors)
@@ -286,7 +285,7 @@ def output_conv_format(feature: Tensor, *, recorded: bool = False) -> torch.memo
     # ATen's gradients on CUDA want one layout throughout: maps of another than the gradients' are copied on the way.
     # An H100 took 1.51 ms, forward and backward, for the neck of an NCHW image of 800 x 1280 with NHWC maps inside, and
     # eager 1.46; without gradients 266 us, and eager 540.
-    if not convolution.is_large(feature) or (recorded and device_type == "cuda"):
+    if not aten.is_large(feature) or (recorded and device_type == "cuda"):
         return torch.preserve_format
     # Not every type of device has an autocast to ask for; the compiler of torch 2.11 cannot ask which do.
     autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
@@ -296,7 +295,7 @@ def output_conv_format(feature: Tensor, *, recorded: bool = False) -> torch.memo
 
 
 def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
-    return selection.fastest_format("output_conv", device_type, dtype)
+    return dispatch.fastest_format(OUTPUT_CONV, device_type, dtype)
 
 
 # A constant to torch.compile, which cannot look into the selection of backends and need not: whatever is chosen later,
@@ -307,9 +306,9 @@ _output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
     """The map itself where it has the layout (NCHW or NHWC), else a copy in that layout.  Differentiable twice."""
-    if direct.is_watched() or source.is_contiguous(memory_format=memory_format):
+    if paths.is_watched() or source.is_contiguous(memory_format=memory_format):
         return source  # vmap cannot tell the layout
-    result: Tensor = direct.operators(source).reorder(source, memory_format=memory_format)
+    result: Tensor = REORDER(source, memory_format=memory_format)
     return result
 
 
@@ -318,7 +317,7 @@ def _require_levels(name: str, values: object, *, optional: bool = False) -> Non
         raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(values).__name__}")
     levels: Sequence[object] = values  # type: ignore[assignment]
     # One check for all levels: 2 us less for three lists of four (one core of Zen 3).
-    if direct.PLAIN_TENSORS.issuperset(map(type, levels)):
+    if paths.PLAIN_TENSORS.issuperset(map(type, levels)):
         return
     for level, value in enumerate(levels):
         _require_tensor(f"{name}[{level}]", value, optional=optional)
@@ -330,7 +329,7 @@ def _present(biases: Sequence[Tensor | None] | None, count: int) -> tuple[list[T
         return [], []
     _require_levels("biases", biases, optional=True)
     if len(biases) != count:
-        raise ValueError(f"biases: expected one a level, {count}, got {len(biases)}")
+        raise ValueError(f"biases: expected {count} (one per level), got {len(biases)}")
     present = [(level, bias) for level, bias in enumerate(biases) if bias is not None]
     return [bias for _, bias in present], [level for level, _ in present]
 
@@ -386,14 +385,9 @@ def top_down_pathway(
     _require_levels("features", features)
     _require_levels("weights", weights)
     given, levels = _present(biases, len(features))
-    merged: list[Tensor] = direct.operators(*features, *weights, *given).top_down_pathway(
-        list(features),
-        list(weights),
-        given,
-        levels,
-        mode=mode,
-        gain=float(gain),
-        memory_format=memory_format,
+    path = paths.path_of(*features, *weights, *given)
+    merged: list[Tensor] = TOP_DOWN_PATHWAY.on(path)(
+        list(features), list(weights), given, levels, mode=mode, gain=float(gain), memory_format=memory_format
     )
     return tuple(merged)
 
@@ -455,12 +449,7 @@ def weighted_merge(
     checks.check_normalization(normalization, eps)
     _require_options(mode, 1.0)
     third = inputs[2] if len(inputs) == 3 else None
-    result: Tensor = direct.operators(*inputs, weights).weighted_merge(
+    result: Tensor = WEIGHTED_MERGE(
         inputs[0], inputs[1], third, weights, mode=mode, normalization=normalization, eps=float(eps)
     )
     return result
-
-
-diagnostics.PUBLIC["weighted_merge"] = weighted_merge
-diagnostics.PUBLIC["top_down_pathway"] = top_down_pathway
-diagnostics.PUBLIC["output_conv_levels"] = output_conv_levels

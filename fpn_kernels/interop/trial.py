@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fpn_kernels.backends.selection import force_in_this_thread
 from fpn_kernels.interop.comparison import first_difference
 from fpn_kernels.interop.dialect import Dialect, Random
 from fpn_kernels.interop.randomness import OwnRandomNumbers
 from fpn_kernels.interop.swapping import FusedForward, fused_class
+from fpn_kernels.operators.dispatch import force_in_this_thread
 
 # Float32 sums of another order differ by some 1e-6; a wrong pixel, level or weight by some 1e-1.
 _TOLERANCE = 1e-4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fpn_kernels.backends import convolution
+from fpn_kernels import compatibility
 from fpn_kernels.interop.comparison import first_difference, relative_error, roundoff, tolerance
 from fpn_kernels.interop.dialect import Random
 from fpn_kernels.interop.randomness import OwnRandomNumbers
@@ -260,7 +260,7 @@ def _dtypes(module: nn.Module, outputs: Any) -> tuple[set[torch.dtype], bool]:
     devices = {tensor.device.type for tensor in tensors if not tensor.is_meta}
     dtypes = {tensor.dtype for tensor in tensors}
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
-    return dtypes, "cuda" in devices and convolution.tf32_is_allowed()
+    return dtypes, "cuda" in devices and compatibility.tf32_is_allowed()
 
 
 @contextlib.contextmanager

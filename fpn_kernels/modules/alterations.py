@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
-from fpn_kernels.operators.direct import is_watched
+from fpn_kernels.operators.paths import is_watched
 
 
 def defining_class(cls: type, name: str = "forward") -> type:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpn_kernels import functional
-from fpn_kernels.backends.layouts import result_format
 from fpn_kernels.modules.fusing import Parameters, fused_parameters, is_autocast, is_identity
+from fpn_kernels.operators.layouts import result_format
 
 GAINS = {"sum": 1.0, "avg": 0.5}
 

@@ -1,0 +1,128 @@
+"""Why a backend serves a call: a run in benchmarks/results, or an argument for a call that was never timed.
+
+A figure is the lowest and the highest ratio to eager over the rows of a run that an operator has served, on the device.
+An operator of a backward is timed with its forward.  `tests/test_evidence.py` reads the same figures from the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Range = tuple[float, float]
+_HALVES = (torch.float16, torch.bfloat16)
+
+GPU_RUN = "an H100, bfloat16, 800 x 1280, 2026-11-27"
+GPU_CAPABILITY = (9, 0)
+# (backend, operator) -> layout -> range.  NCHW lateral connections read their maps otherwise since that run.
+GPU: dict[tuple[str, str], dict[str, Range]] = {
+    ("native", "upsample_add"): {"NHWC": (4.66, 5.24), "NCHW": (2.94, 3.04)},
+    ("native", "upsample_add_backward"): {"NHWC": (4.58, 4.83), "NCHW": (3.01, 3.01)},
+    ("triton", "upsample_add"): {"NHWC": (4.58, 4.95)},
+    ("triton", "upsample_add_backward"): {"NHWC": (4.51, 4.51)},
+    ("triton", "lateral_connection"): {"NHWC": (3.81, 6.09), "NCHW": (1.13, 1.19)},
+    ("triton", "product"): {"NHWC": (2.98, 3.20), "NCHW": (1.15, 1.15)},
+    ("triton", "merge_backward"): {"NHWC": (2.98, 3.20), "NCHW": (1.15, 1.15)},
+    ("triton", "weighted_merge"): {"NHWC": (3.62, 7.13), "NCHW": (2.85, 2.85)},
+    ("triton", "weighted_merge_backward"): {"NHWC": (2.91, 4.71)},
+    ("triton", "output_conv"): {"NHWC": (1.40, 1.46)},
+    ("triton", "output_conv_levels"): {"NHWC": (1.35, 1.39)},
+    ("triton", "top_down_pathway"): {"NHWC": (4.62, 5.30), "NCHW": (1.22, 1.22)},
+}
+
+CPU_RUNS = {
+    "AVX512": "a Xeon with AMX, float32, 2026-11-21",
+    "AMX": "a Xeon with AMX, bfloat16, 2026-11-21",
+    "AVX2": "an EPYC with AVX2, float32, 2026-11-28",
+}
+# Operator -> run -> range.
+CPU: dict[str, dict[str, Range]] = {
+    "upsample_add": {"AVX512": (1.90, 3.16), "AMX": (2.01, 3.28), "AVX2": (1.82, 3.31)},
+    "upsample_add_backward": {"AVX512": (2.40, 2.83), "AMX": (2.61, 3.28), "AVX2": (2.05, 2.67)},
+    "lateral_connection": {"AVX512": (1.02, 1.47), "AMX": (1.28, 6.06), "AVX2": (1.00, 1.12)},
+    "product": {"AVX512": (1.09, 1.13), "AMX": (1.18, 3.98), "AVX2": (1.03, 1.17)},
+    "merge_backward": {"AVX512": (1.09, 1.13), "AMX": (1.18, 3.98), "AVX2": (1.03, 1.17)},
+    "weighted_merge": {"AVX512": (1.20, 3.54), "AMX": (1.12, 4.35), "AVX2": (1.50, 4.90)},
+    "weighted_merge_backward": {"AVX512": (1.11, 1.73), "AMX": (1.10, 1.55), "AVX2": (1.05, 1.81)},
+    "output_conv": {"AVX512": (1.37, 1.48), "AMX": (1.06, 2.29), "AVX2": (1.36, 1.69)},
+    "output_conv_backward_weight": {"AVX512": (1.14, 1.14), "AMX": (1.39, 1.49), "AVX2": (1.65, 2.33)},
+}
+
+# The rows' operator and direction where an operator has none of its own name.
+ROWS = {
+    "upsample_add_backward": ("upsample_add", "forward+backward"),
+    "product": ("lateral_connection", "forward+backward"),
+    "merge_backward": ("lateral_connection", "forward+backward"),
+    "weighted_merge_backward": ("weighted_merge", "forward+backward"),
+    "output_conv_levels": ("output_conv", "forward"),
+    "output_conv_backward_weight": ("output_conv", "forward+backward"),
+}
+
+_ARGUMENTS = {
+    "upsample_add": "by bytes: one pass where PyTorch takes two",
+    "upsample_add_backward": "by bytes: the gradient is read once, also at ratios where PyTorch's own is not exact",
+    "lateral_connection": "by bytes: one pass for product, bias and merge, where PyTorch takes up to four",
+    "product": "by operations: a product of as many operations as PyTorch's",
+    "merge_backward": "by bytes: the gradient is read once for top and bias, where PyTorch reads it twice",
+    "channel_sums": "by bytes: one read, with the partial sums that merge_backward was measured with",
+    "weighted_merge": "by bytes: one pass where PyTorch takes one per product, resize and sum",
+    "weighted_merge_backward": "by bytes: one pass where PyTorch takes three",
+    "output_conv": "by operations: Winograd's 16 products where the plain sum has 36, or PyTorch's own convolution",
+    "output_conv_backward_weight": "by operations: as the convolution's, or PyTorch's own gradient",
+    "reorder": "by bytes: one pass, as PyTorch's copy",
+}
+
+
+def of(backend: str, operator: str) -> Callable[[Any], str]:
+    """`dispatch.Implementation.evidence` of an operator on a backend."""
+
+    def evidence(call: Any) -> str:
+        first = call[0] if isinstance(call[0], Tensor) else call[0][0]
+        # Without bias and top nothing is merged: the gradient of a feature is such a call.
+        alone = operator == "lateral_connection" and call.bias is None and call.top is None
+        on_device = _on_gpu if first.device.type == "cuda" else _on_cpu
+        return on_device(backend, "product" if alone else operator, first, getattr(call, "mode", None))
+
+    return evidence
+
+
+def _on_gpu(backend: str, name: str, tensor: Tensor, mode: str | None) -> str:
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    layout = _layout(tensor)
+    figures = GPU.get((backend, name), {}).get(layout)
+    here = major == GPU_CAPABILITY[0] and mode in (None, "nearest") and tensor.dtype in _HALVES
+    if here and figures is not None:
+        also = "; float16 has the same sizes and rates" if tensor.dtype == torch.float16 else ""
+        return _measured(GPU_RUN, name, figures) + f" in {layout}{also}"
+    return _argued(name, tensor, mode, f"in {layout} on compute capability {major}.{minor}")
+
+
+def _on_cpu(backend: str, name: str, tensor: Tensor, mode: str | None) -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    run = capability if tensor.dtype == torch.float32 else None
+    if tensor.dtype == torch.bfloat16 and torch.ops.fpn_kernels_native.multiplies_by_tiles.default():
+        run = "AMX"
+    figures = CPU.get(name, {}).get(run or "")
+    if run is not None and figures is not None and mode in (None, "nearest"):
+        return _measured(CPU_RUNS[run], name, figures)
+    return _argued(name, tensor, mode, f"on {capability}")
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return "NHWC"
+    return "NCHW" if tensor.is_contiguous() else "other strides"
+
+
+def _measured(run: str, name: str, figures: Range) -> str:
+    low, high = (f"{ratio:.2f}x" for ratio in figures)
+    with_forward = "forward and backward " if ROWS.get(name, ("", ""))[1] == "forward+backward" else ""
+    return f"measured on {run}: {with_forward}{low if low == high else f'{low} to {high}'} eager"
+
+
+def _argued(name: str, tensor: Tensor, mode: str | None, where: str) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.") + (f", {mode}" if mode else "")
+    return f"argued {_ARGUMENTS[name]}; not measured for {kind} {where}"
