@@ -1,4 +1,4 @@
-"""What MkDocs is told about documents that lie outside docs/: they are pages of the site, and links to them hold."""
+"""MkDocs hooks: add the documents outside docs/ to the site, and adapt the links between all documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Page of the site to document of the repository. Included, not copied: there is one text of each.
+# Page of the site -> document of the repository.
 INCLUDED = {
     "readme.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -20,7 +20,7 @@ INCLUDED = {
 }
 _PAGES = {document: page for page, document in INCLUDED.items()}
 
-# Code is matched first, and left as it is: `blocks[0](x)` is no link.
+# Code is matched first and kept: `blocks[0](x)` is not a link.
 _CODE_OR_LINK = re.compile(
     r"^```.*?^```|^ {4}.*?$|`[^`\n]+`"
     r"|(?P<image>!?)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)",
@@ -29,12 +29,11 @@ _CODE_OR_LINK = re.compile(
 
 
 def rewritten(markdown: str, document: str, page: str) -> str:
-    """The text with links that hold on the site; a link to a file that is no page, or a picture that is not the
-    site's, becomes its words.
+    """Rewrite the links of a document for the site. A link to a file that is not on the site becomes plain text.
 
     Args:
         markdown: the text.
-        document: its path in the repository, from which its links count.
+        document: its path in the repository; its links are relative to this path.
         page: its path on the site.
     """
 

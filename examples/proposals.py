@@ -1,7 +1,7 @@
-"""Region proposals on a Feature Pyramid Network (arXiv 1612.03144, section 4.1), and scenes to train them on.
+"""Region proposals on a Feature Pyramid Network (arXiv 1612.03144, section 4.1), and generated training scenes.
 
-The head is one for all levels P2..P6; each level has anchors of one scale and three aspect ratios.  The scenes are
-drawn: textured rectangles on a mottled ground, the same for the same number on every machine and in every process.
+Levels P2..P6 share one head; each level has anchors of one scale and three aspect ratios.  A scene has textured
+rectangles on a mottled background, and depends on its number only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import fpn_kernels
 
 STRIDES = (4, 8, 16, 32, 64)  # of P2..P6
-# Half the paper's 32 to 512 pixels at these strides: the scenes are a fifth of its 800 pixels high.
+# Half the paper's 32 to 512 pixels at these strides, because the scenes have a fifth of its 800 pixels in height.
 ANCHOR_SIZES = tuple(4 * stride for stride in STRIDES)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height over width
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Statistics of one image alone: how the batch is spread over processes does not show in the loss."""
+    """GroupNorm: statistics per image, so the loss does not depend on how processes split the batch."""
     return nn.GroupNorm(4, channels)
 
 
@@ -41,10 +41,10 @@ class PlainPyramid(nn.Module):
 
 
 class ProposalNetwork(nn.Module):
-    """A small ResNet, the pyramid and the shared head: an image in, objectness and box deltas of every anchor out.
+    """A small ResNet, the pyramid and the shared head: maps an image to objectness and box deltas per anchor.
 
     Args:
-        fused: the pyramid is `fpn_kernels.FeaturePyramidNetwork`; else the same in plain PyTorch.
+        fused: use `fpn_kernels.FeaturePyramidNetwork`, else its twin in plain PyTorch.
         width: channels of the ResNet's stem.
         channels: channels of the pyramid and the head.
         seed: of the parameters, which do not depend on `fused`.
@@ -63,7 +63,7 @@ class ProposalNetwork(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            # Last: it draws numbers for parameters that it then replaces.
+            # Created last, because its constructor uses the random generator.
             self.neck: nn.Module = model.fpn if fused else PlainPyramid(model.fpn, model.body.out_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class ProposalNetwork(nn.Module):
 
 
 def make_anchors(height: int, width: int) -> Tensor:
-    """``[anchors, 4]`` (x0, y0, x1, y1): three around the centre of each pixel of each level, row by row."""
+    """``[anchors, 4]`` (x0, y0, x1, y1): three per pixel of each level, row by row."""
     levels = []
     for stride, size in zip(STRIDES, ANCHOR_SIZES, strict=True):
         ratios = torch.tensor(ASPECT_RATIOS)
@@ -107,16 +107,16 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of `encode`; no box grows beyond 64 times its anchor."""
+    """The inverse of `encode`; a box is at most 64 times its anchor."""
     origin, unit = _centre_and_size(anchors)
     centre, half = origin + deltas[:, :2] * unit, unit * deltas[:, 2:].clamp(max=math.log(64)).exp() / 2
     return torch.cat([centre - half, centre + half], 1)
 
 
 def assign(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """For each anchor 1 (object), 0 (ground) or -1 (neither), and the box that it overlaps most.
+    """Per anchor: 1 (object), 0 (background) or -1 (neither), and the index of the box that it overlaps most.
 
-    An object from an overlap of 0.7 on, or where no other anchor overlaps a box more; ground below 0.3.
+    An anchor is an object if its overlap is at least 0.7 or the largest for some box; background below 0.3.
     """
     overlaps = iou(anchors, boxes)
     best, index = overlaps.max(1)
@@ -128,9 +128,9 @@ def assign(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 def proposal_loss(
     scores: Tensor, deltas: Tensor, anchors: Tensor, boxes: Sequence[Tensor], numbers: Sequence[int], sample: int = 256
 ) -> Tensor:
-    """Objectness over `sample` anchors an image, at most half of them objects, plus boxes; the mean over the images.
+    """Objectness loss over `sample` anchors per image (at most half of them objects) plus box loss, mean over images.
 
-    The box part is the mean over the objects, not over the sample as in arXiv 1506.01497: the training is short.
+    The box loss is the mean over the objects, not over the sample as in arXiv 1506.01497: the training is short.
 
     Args:
         scores: ``[N, anchors]``; `deltas`: ``[N, anchors, 4]``; `anchors`: ``[anchors, 4]``.
@@ -152,7 +152,7 @@ def proposal_loss(
 
 
 def propose(scores: Tensor, deltas: Tensor, anchors: Tensor, count: int, overlap: float = 0.5) -> Tensor:
-    """The boxes of one image with the best scores, none overlapping a better one by more than `overlap`."""
+    """The best boxes of one image after non-maximum suppression at `overlap`."""
     order = scores.argsort(descending=True)[: 20 * count]
     boxes = decode(deltas[order], anchors[order])
     overlaps = iou(boxes, boxes).cpu() > overlap
@@ -167,7 +167,7 @@ def propose(scores: Tensor, deltas: Tensor, anchors: Tensor, count: int, overlap
 
 
 def scene(number: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Image ``[3, height, width]`` and boxes ``[n, 4]``: one to five rectangles, drawn from `number` alone."""
+    """Image ``[3, height, width]`` and boxes ``[n, 4]`` of one to five rectangles; depends on `number` only."""
     generator = torch.Generator().manual_seed(number)
 
     def uniform(low: float, high: float) -> float:

@@ -1,10 +1,9 @@
-"""A photograph through ResNet-50 and the Feature Pyramid Network: fused against eager, and a figure of the levels.
+"""Run a photograph through ResNet-50 and its pyramid, fused and eager, and draw the levels.
 
     python examples/pyramid_of_a_photo.py [photograph] [--device cuda] [--dtype bfloat16] [--output figure.png]
 
-Prints, for each level, its shape and the largest difference between the fused pyramid and the same weights in plain
-PyTorch; then the time of each and the backend that served.  Without --weights the network is random: its maps show
-the structure of the photograph at each stride, not what is in it.
+Prints each level's shape and its largest difference from plain PyTorch with the same weights, then both times and the
+backend that served.  Without --weights the network is random: its maps show edges and textures, not objects.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=600, help="the photograph's shorter side in pixels")
     parser.add_argument("--weights", type=Path, help="torchvision's state_dict of a ResNet-50 (a .pth file)")
     options = parser.parse_args(argv)
-    # From 64 on, the coarsest map of the ResNet has more than the one pixel that BatchNorm cannot train on.
+    # Below 64, the coarsest map of the ResNet has one pixel, which BatchNorm cannot train on.
     for name, least in (("repeats", 1), ("size", 64)):
         if getattr(options, name) < least:
             parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
@@ -107,8 +106,8 @@ def build(options: argparse.Namespace, image: Tensor) -> fpn_kernels.ResNetFPN:
         except Exception as error:
             raise SystemExit(f"--weights: {options.weights} is not a ResNet-50 state_dict: {error}") from error
         return model.eval()
-    # Random weights with the identity for BatchNorm let the maps grow block by block; one pass in training mode
-    # gives the norms the statistics of this photograph.
+    # With random weights and an identity BatchNorm, the maps grow from block to block. One pass in training mode sets
+    # the statistics of the norms.
     for module in model.body.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -118,7 +117,7 @@ def build(options: argparse.Namespace, image: Tensor) -> fpn_kernels.ResNetFPN:
 
 
 def eager_twin(model: fpn_kernels.ResNetFPN) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
-    """The same weights through the composition that a model without this library writes."""
+    """The pyramid of the same weights, written in plain PyTorch."""
     neck = model.fpn
     weights = neck.state_dict()
     channels = [weights[f"inner_blocks.{level}.0.weight"].shape[1] for level in range(len(neck.inner_blocks))]
@@ -134,9 +133,9 @@ def eager_twin(model: fpn_kernels.ResNetFPN) -> Callable[[list[Tensor]], tuple[T
 
 
 def median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The median time of each call, device work included, after two rounds that warm up.
+    """The median time of each call including the device, after two warm-up rounds.
 
-    The calls take turns, so that a machine that slows down meanwhile slows all of them.
+    The calls alternate, so that a slow moment of the machine slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
@@ -151,10 +150,10 @@ def median_seconds(calls: dict[str, Callable[[], Any]], device: torch.device, re
 
 
 def as_colours(level: Tensor, guide: Tensor) -> Tensor:
-    """The three main directions of a map ``[C, H, W]`` as red, green and blue ``[H, W, 3]``.
+    """The first three principal components of a map ``[C, H, W]`` as red, green and blue ``[H, W, 3]``.
 
-    Principal components have no sign of their own: each is turned to grow with the brightness of the photograph, so
-    that the levels can be compared.
+    The sign of a principal component is arbitrary. Each one is flipped to correlate with the brightness of the
+    photograph, so that the levels can be compared.
     """
     channels, height, width = level.shape
     pixels = level.double().flatten(1).T

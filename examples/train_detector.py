@@ -1,16 +1,15 @@
-"""Trains region proposals on a pyramid, fused or in plain PyTorch, and shows that both learn the same.
+"""Train region proposals on a fused pyramid and on plain PyTorch, and compare their losses.
 
-    python examples/train_detector.py --compare                      # both, side by side: table and figure
+    python examples/train_detector.py --compare                      # both, and a control
     python examples/train_detector.py --backend eager                # one of them
-    torchrun --nproc-per-node 2 examples/train_detector.py --compare # the batch spread over processes
+    torchrun --nproc-per-node 2 examples/train_detector.py --compare # the batch split among processes
 
-A small ResNet, `fpn_kernels.FeaturePyramidNetwork` with P6, and one head for all levels with predictions on each
-(arXiv 1612.03144, section 4.1).  The scenes are drawn, so nothing is downloaded.
+The model is a small ResNet, `fpn_kernels.FeaturePyramidNetwork` with P6, and one head shared by all levels (arXiv
+1612.03144, section 4.1).  The scenes are generated, so nothing is downloaded.
 
---compare trains a third time, as a control: in plain PyTorch, from weights one float32 rounding away.  Any training
-from scratch makes such a difference grow by orders of magnitude within fifty steps, so that the curves part in the
-end.  The command fails where at any step the fused run has parted from eager by more than --tolerance and by more
-than ten times as much as the control.
+--compare also trains a control: plain PyTorch, from weights that differ by one float32 rounding.  Training from scratch
+amplifies such a difference by orders of magnitude within fifty steps, so all curves diverge in the end.  The command
+fails if the fused run differs from eager by more than --tolerance and by more than ten times the control's difference.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fpn_kernels.backends.selection import record_calls
 
-POINTS = (5, 10, 20, 50, 100, 200, 500, 1000)  # steps after which the table tells how far the runs have parted
-HELD_OUT = 10**6  # numbers of scenes that no training run reaches
+POINTS = (5, 10, 20, 50, 100, 200, 500, 1000)  # steps whose difference from eager is printed
+HELD_OUT = 10**6  # the first scene that no training run reaches
 NEEDS_MATPLOTLIB = "figure: needs matplotlib, which is not installed here: pip install 'fpn_kernels[examples]'"
 
 
 @dataclass
 class Run:
-    """One backend's training: the mean loss and the seconds of each step, who computed, and what it finds."""
+    """One training: loss and seconds per step, the backends that served, and the recall."""
 
     model: nn.Module
     losses: list[float] = field(default_factory=list)
@@ -58,10 +57,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backend", choices=("fused", "eager"), default="fused", help="the pyramid to train with")
     parser.add_argument("--compare", action="store_true", help="train with both, and a control")
-    parser.add_argument("--tolerance", type=float, help="of the relative difference (default: 1e-3; with --amp, 0.01)")
+    parser.add_argument("--tolerance", type=float, help="relative difference allowed (default: 1e-3; with --amp, 0.01)")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="scenes a step, over all processes")
-    parser.add_argument("--size", type=int, nargs=2, default=(160, 216), metavar=("H", "W"), help="of a scene")
+    parser.add_argument("--batch", type=int, default=8, help="scenes per step, over all processes")
+    parser.add_argument("--size", type=int, nargs=2, default=(160, 216), metavar=("H", "W"), help="size of a scene")
     parser.add_argument("--rate", type=float, default=0.03, help="learning rate (SGD, momentum 0.9)")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -94,7 +93,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def nudge(model: nn.Module) -> None:
-    """Moves every weight to the next float32 number."""
+    """Move every weight to the next float32 number."""
     for parameter in model.parameters():
         parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, torch.inf)))
 
@@ -105,7 +104,7 @@ def batch_of(numbers: Sequence[int], size: Sequence[int], device: torch.device) 
 
 
 def train(runs: Mapping[str, Run], options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
-    """Each step, every run takes the same scenes; they take turns, so that a slow moment is slow for all."""
+    """Train all runs on the same scenes, step by step in turns, so that a slow moment slows all of them."""
     anchors = make_anchors(*options.size).to(device)
     optimizers = {
         name: torch.optim.SGD(run.model.parameters(), lr=options.rate, momentum=0.9, weight_decay=1e-4)
@@ -132,14 +131,14 @@ def train(runs: Mapping[str, Run], options: argparse.Namespace, rank: int, world
             loss = loss.detach()
             if world > 1:
                 dist.all_reduce(loss)
-            run.losses.append(float(loss) / world)  # waits for the device
+            run.losses.append(float(loss) / world)  # synchronises with the device
             run.seconds.append(time.perf_counter() - start)
             run.served = calls
 
 
 @torch.no_grad()
 def found(model: nn.Module, numbers: Sequence[int], size: Sequence[int], device: torch.device) -> tuple[float, Any]:
-    """The share of boxes that one of the best 50 proposals overlaps by half or more; and the proposals."""
+    """The recall (share of boxes that one of the best 50 proposals overlaps by at least 0.5), and the proposals."""
     anchors = make_anchors(*size).to(device)
     images, boxes = batch_of(numbers, size, device)
     outputs = zip(*model(images), strict=True)
@@ -149,19 +148,19 @@ def found(model: nn.Module, numbers: Sequence[int], size: Sequence[int], device:
 
 
 def parted(runs: Mapping[str, Run], name: str) -> list[float]:
-    """How far a run has parted from eager by each step: the largest relative difference of the losses so far."""
+    """Per step, the largest relative difference from eager's loss so far."""
 
     def worse(so_far: float, here: float) -> float:
-        return here if not (math.isnan(so_far) or here <= so_far) else so_far  # NaN is the worst, and stays
+        return here if not (math.isnan(so_far) or here <= so_far) else so_far  # NaN counts as the largest
 
     pairs = zip(runs["eager"].losses, runs[name].losses, strict=True)
     return list(itertools.accumulate((abs(eager - other) / eager for eager, other in pairs), worse))
 
 
 def first_difference(runs: Mapping[str, Run], tolerance: float) -> int | None:
-    """The step at which the fused run parts from eager as no rounding would, or None."""
+    """The first step whose difference from eager exceeds rounding, or None."""
     pairs = enumerate(zip(parted(runs, "fused"), parted(runs, "control"), strict=True))
-    # Written so that NaN fails.
+    # `not <=` instead of `>`: NaN fails.
     return next((step for step, (fused, control) in pairs if not fused <= max(tolerance, 10 * control)), None)
 
 
@@ -205,7 +204,7 @@ def draw(runs: Mapping[str, Run], scenes: Any, path: Path) -> None:
     axes[0].grid(alpha=0.3)
     for axis, image, boxes, proposals in zip(axes[1:], *scenes, strict=False):
         axis.imshow(((image + 2) / 4).clamp(0, 1).permute(1, 2, 0).numpy())
-        best = iou(boxes, proposals).argmax(1)  # one proposal a box: all fifty would hide the scene
+        best = iou(boxes, proposals).argmax(1)  # one proposal per box: fifty would hide the scene
         for each, colour, width in ((boxes, "white", 3.0), (proposals[best], "#ff2d2d", 1.5)):
             for x0, y0, x1, y1 in each.tolist():
                 axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
@@ -244,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def finish(runs: Mapping[str, Run], options: argparse.Namespace, world: int, device: torch.device) -> int:
-    """What the first process reports; 1 where the curves differ too much."""
+    """Print and draw the results in the first process; return 1 if the losses differ too much."""
     scenes = None
     for run in runs.values():
         model = run.model.module if isinstance(run.model, DistributedDataParallel) else run.model
