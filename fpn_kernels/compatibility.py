@@ -49,7 +49,7 @@ def require_first_import() -> None:
     if first is not None:
         raise ImportError(
             f"fpn_kernels was imported before in this process, from {first}, and torch registers its operators only "
-            "once: keep that module in sys.modules, and install only one copy; or start Python anew"
+            "once: keep that module in sys.modules, and install only one copy; or restart Python"
         )
 
 

@@ -1,4 +1,4 @@
-"""What this machine has, which backend serves what, and why the others do not."""
+"""Versions and devices of this machine, which backend serves which operator, and why the others do not."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PUBLIC = ("lateral_connection", "output_conv", "output_conv_levels", "top_down_
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Tells which backend would serve a call with these arguments, and why each one before it would not.
+    """Explain which backend serves a call with these arguments, by which kernel, and why each one before it does not.
 
-    The call goes its whole way (checks, autocast, selection) and ends where a kernel would be launched; nothing is
-    computed.  It is asked about without autograd, which records a 3x3 convolution of a small map on CUDA as PyTorch's.
+    The call passes checks, autocast, selection and planning, and ends before the launch: nothing is computed.  Where a
+    gradient would be recorded, `gradient` says by which autograd.
 
     Args:
         operator: the name of an operator, such as ``"upsample_add"``, or the public function itself.
@@ -30,14 +30,15 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         **kwargs: the call's keyword arguments.
 
     Returns:
-        An `Explanation` with `operator`, `backend`, `refusals`, `forced` and `evidence`; ``print`` it.
+        An `Explanation` with `operator`, `backend`, `refusals`, `forced`, `evidence`, `kernel`, `layout` and
+        `gradient`; ``print`` it.
 
     Raises:
         ValueError: there is no such operator; or the arguments, or a forced backend, do not fit (as the call would).
         TypeError: as the call would.
 
     Cost:
-        Moves no bytes and launches nothing; calls of other threads go on as ever.
+        Moves no bytes and launches nothing; calls of other threads are not affected.
 
     Example:
         ```python
@@ -53,7 +54,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
             if isinstance(argument.type, torch.OptionalType) and not argument.has_default_value():
                 kwargs.setdefault(argument.name, None)
     try:
-        with torch.no_grad(), dispatch.explaining():
+        with dispatch.explaining(), torch.no_grad():
             call(*args, **kwargs)
     except dispatch.Explained as answer:
         return answer.explanation
@@ -63,7 +64,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments and keyword arguments of a call of each operator."""
+    """Arguments and keyword arguments of one call per operator."""
     top = torch.zeros(1, 8, 2, 2, device=device, dtype=dtype)
     fine = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
     weight = torch.zeros(8, 8, device=device, dtype=dtype)

@@ -59,7 +59,7 @@ def _require_memory_format(memory_format: object) -> None:
 
 
 def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: float = 1.0) -> Tensor:
-    """Upsamples the coarser map to the size of the finer one and adds them, in one pass over memory.
+    """Upsample the coarser map to the size of the finer one and add them, in one pass over memory.
 
     ``out = gain * (lateral + F.interpolate(top, size=(H, W), mode=mode))``, the merge of the top-down pathway.
 
@@ -86,7 +86,7 @@ def upsample_add(top: Tensor, lateral: Tensor, *, mode: str = "nearest", gain: f
         autocast dtype, where eager would upsample in float32.
 
     Cost:
-        ``(2 N C H W + N C h w) itemsize`` bytes, an addition an element.
+        ``(2 N C H W + N C h w) itemsize`` bytes, one addition per element.
 
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, figure 3; the resize is `torch.nn.functional.interpolate`'s.
@@ -136,7 +136,7 @@ def lateral_connection(
 
     Dtypes and layout:
         All tensors share one dtype (float16, bfloat16, float32, float64) and one device; NCHW, NHWC or any other
-        strides.  Differentiable twice; only the gradients asked for are computed, deterministically.  Serves
+        strides.  Differentiable twice; only required gradients are computed, deterministically.  Serves
         `torch.compile` and `torch.export`.  Under autocast it runs in the autocast dtype.
 
     Cost:
@@ -175,7 +175,7 @@ def output_conv(
     *,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
-    """The 3x3 convolution (stride 1, padding 1) and its bias, which turn a merged map into an output map.
+    """The 3x3 convolution (stride 1, padding 1) with its bias, from a merged map to an output map.
 
     ``out = F.conv2d(feature, weight, bias, padding=1)``.
 
@@ -196,12 +196,12 @@ def output_conv(
 
     Dtypes and layout:
         All tensors share one dtype (float16, bfloat16, float32, float64) and one device; NCHW, NHWC or any other
-        strides.  Differentiable twice; only the gradients asked for are computed.  Serves `torch.compile` and
+        strides.  Differentiable twice; only required gradients are computed.  Serves `torch.compile` and
         `torch.export`.  Under autocast it runs in the autocast dtype.
 
     Cost:
         At least ``(N H W (Cin + Cout) + 9 Cin Cout + Cout) itemsize`` bytes, and ``18 N H W Cin Cout`` operations
-        by the formula above (a kernel by Winograd's filtering takes fewer).
+        by the formula above (Winograd kernels need fewer).
 
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3; `torch.nn.functional.conv2d`.
@@ -224,20 +224,20 @@ def output_conv_levels(
     *,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[Tensor, ...]:
-    """`output_conv` of every level of a pyramid, each with its own weight and bias: of one launch, where that serves.
+    """`output_conv` of every level of a pyramid, each with its own weight and bias; some levels may share a launch.
 
-    Where autograd records it, each level has a node of its own, which lets its maps go when it has been differentiated;
-    inside `torch.compile` all levels are one operator.
+    Autograd records one node per level, which frees the maps of that level after its backward.  Inside `torch.compile`
+    all levels are one operator.
 
     Args:
         features: the merged maps ``[N_l, Cin_l, H_l, W_l]`` of one dtype and device.
-        weights: one ``[Cout_l, Cin_l, 3, 3]`` a level.
-        biases: one ``[Cout_l]`` or None a level; or None for no bias at all.
+        weights: one ``[Cout_l, Cin_l, 3, 3]`` per level.
+        biases: one ``[Cout_l]`` or None per level; or None for no bias at all.
         memory_format: layout of every result, as in `output_conv`.
 
     Returns:
-        One ``[N_l, Cout_l, H_l, W_l]`` a level: the numbers of `output_conv`, where a backend has it as a whole but
-        for the order of its sums.
+        One ``[N_l, Cout_l, H_l, W_l]`` per level: the numbers of `output_conv`, up to the order of sums where levels
+        share a launch.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype (the message names the level).
@@ -269,25 +269,25 @@ def _is_recorded(*tensors: Tensor) -> bool:
 
 
 def output_conv_format(feature: Tensor, *, recorded: bool = False) -> torch.memory_format:
-    """The layout of a merged map in which `output_conv` is fastest on this machine, whatever its result's layout.
+    """The layout of a merged map in which `output_conv` is fastest on this machine, whatever the layout of its result.
 
-    For the code that has the map made: `lateral_connection` writes either layout at no extra pass.
+    For the producer of the map: `lateral_connection` writes either layout without an extra pass.
 
     Args:
-        feature: a map of the same batch, size, device and dtype, such as the backbone's of the same level; under
-            autocast the dtype is taken to be autocast's.
+        feature: a map of the same batch, size, device and dtype, e.g. the backbone's map of that level.  Under
+            autocast, autocast's dtype is used.
         recorded: whether autograd will record the convolution.
 
     Returns:
         `torch.contiguous_format`, `torch.channels_last`, or `torch.preserve_format` where it does not matter.
     """
     device_type, dtype = feature.device.type, feature.dtype
-    # ATen's gradients on CUDA want one layout throughout: maps of another than the gradients' are copied on the way.
-    # An H100 took 1.51 ms, forward and backward, for the neck of an NCHW image of 800 x 1280 with NHWC maps inside, and
-    # eager 1.46; without gradients 266 us, and eager 540.
+    # ATen's gradients on CUDA copy maps whose layout differs from the gradient's.  Forward and backward of the neck of
+    # an NCHW image of 800 x 1280 took 1.51 ms on an H100 with NHWC maps inside, and eager 1.46; without gradients, 266
+    # us and eager 540.
     if not aten.is_large(feature) or (recorded and device_type == "cuda"):
         return torch.preserve_format
-    # Not every type of device has an autocast to ask for; the compiler of torch 2.11 cannot ask which do.
+    # Not every device type has autocast, and the compiler of torch 2.11 cannot list those that have.
     autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -298,16 +298,15 @@ def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_fo
     return dispatch.fastest_format(OUTPUT_CONV, device_type, dtype)
 
 
-# A constant to torch.compile, which cannot look into the selection of backends and need not: whatever is chosen later,
-# the compiled network stays right.  The mark is that of `torch.compiler.assume_constant_result`, which would import the
-# whole compiler, and Triton with it, to set it.
+# A constant to torch.compile, which cannot trace the selection of backends: the compiled network is right with any
+# layout.  `torch.compiler.assume_constant_result` sets this mark, too, but imports the whole compiler and Triton.
 _output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The map itself where it has the layout (NCHW or NHWC), else a copy in that layout.  Differentiable twice."""
+    """The map itself if it has the layout (NCHW or NHWC), else a copy in that layout.  Differentiable twice."""
     if paths.is_watched() or source.is_contiguous(memory_format=memory_format):
-        return source  # vmap cannot tell the layout
+        return source  # vmap hides the layout
     result: Tensor = REORDER(source, memory_format=memory_format)
     return result
 
@@ -316,7 +315,7 @@ def _require_levels(name: str, values: object, *, optional: bool = False) -> Non
     if type(values) not in (list, tuple) and (isinstance(values, Tensor) or not isinstance(values, Sequence)):
         raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(values).__name__}")
     levels: Sequence[object] = values  # type: ignore[assignment]
-    # One check for all levels: 2 us less for three lists of four (one core of Zen 3).
+    # One check for all levels saves 2 us for three lists of four (one core of Zen 3).
     if paths.PLAIN_TENSORS.issuperset(map(type, levels)):
         return
     for level, value in enumerate(levels):
@@ -324,7 +323,7 @@ def _require_levels(name: str, values: object, *, optional: bool = False) -> Non
 
 
 def _present(biases: Sequence[Tensor | None] | None, count: int) -> tuple[list[Tensor], list[int]]:
-    """The biases that there are, and their levels."""
+    """The biases that are not None, and their levels."""
     if biases is None:
         return [], []
     _require_levels("biases", biases, optional=True)
@@ -349,10 +348,10 @@ def top_down_pathway(
 
     Args:
         features: the backbone's maps, finest first (C2..C5): ``[N, Cin_l, H_l, W_l]`` each, of any sizes.
-        weights: one ``[Cout, Cin_l, 1, 1]`` or ``[Cout, Cin_l]`` a level.
-        biases: one ``[Cout]`` or None a level; or None for no bias at all.
+        weights: one ``[Cout, Cin_l, 1, 1]`` or ``[Cout, Cin_l]`` per level.
+        biases: one ``[Cout]`` or None per level; or None for no bias at all.
         mode: as in `upsample_add`.
-        gain: factor on each merge; the coarsest level, which merges nothing, has none.
+        gain: factor on each merge; not applied to the coarsest level, which has no merge.
         memory_format: layout of every result, as in `lateral_connection`.
 
     Returns:
@@ -365,12 +364,12 @@ def top_down_pathway(
 
     Dtypes and layout:
         As in `lateral_connection`: float16, bfloat16, float32 and float64; NCHW, NHWC or any other strides, which may
-        differ from level to level.  Differentiable twice; the gradient that comes down the pathway is added to a
-        level's own where it is gathered.
+        differ between levels.  Differentiable twice; the gradient from the finer levels is accumulated into a level's
+        upstream gradient in the pass that computes it.
 
     Cost:
         At least ``sum_l (N H_l W_l (Cin_l + Cout) + Cin_l Cout + Cout) itemsize`` bytes; a merged map that has left the
-        cache before the level below reads it is ``N Cout H_l W_l`` elements more.
+        cache before the finer level reads it costs ``N Cout H_l W_l`` more elements.
 
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3.
@@ -406,11 +405,11 @@ def weighted_merge(
     input with a coarser map, and a bottom-up node three of one size.
 
     Args:
-        inputs: two or three maps ``[N, C, h_i, w_i]`` of one dtype and device; h_i, w_i >= 1.  The first gives the
-            size ``[H, W]``, the dtype and the layout of the result; any other of another size is resized to it, and
-            never stored resized.
-        weights: the weights before they are normalised, ``[len(inputs)]``, of any floating-point dtype, on the maps'
-            device.  They are never read by the host, and stay out of autocast.
+        inputs: two or three maps ``[N, C, h_i, w_i]`` of one dtype and device; h_i, w_i >= 1.  The first one
+            gives the size ``[H, W]``, the dtype and the layout of the result; maps of another size are resized on the
+            fly.
+        weights: the weights before normalisation, ``[len(inputs)]``, of any floating-point dtype, on the maps' device.
+            The host never reads them, and autocast does not cast them.
         normalization: ``"relu"``, the paper's fast normalized fusion, ``w_i = relu(weights_i) / (eps + sum_j
             relu(weights_j))``; or ``"softmax"``, its softmax-based fusion.
         eps: as above, at least 0; not used by ``"softmax"``.  Where no weight is positive the result is 0 (and NaN

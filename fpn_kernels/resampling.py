@@ -114,7 +114,7 @@ def formulas_agree(in_size: int, out_size: int) -> bool:
     """Whether every usual way to compute the "nearest" index names the pixels of `source_index` along one axis.
 
     They are the rational ``dst * in // out``, and ONNX's ``floor(dst / scale)`` with ``scale = float32(out / in)``.
-    On Python's numbers: it is asked while a program is traced, when a tensor has no values.
+    On Python's numbers: while a program is traced, tensors have no values.
     """
     ratio, inverse = _float32(in_size / out_size), _float32(out_size / in_size)
     last = in_size - 1

@@ -1,13 +1,12 @@
-"""FPN_KERNELS_AUTOTUNE=1 (or all): measures the candidates of each table once, and remembers the fastest on disk.
+"""FPN_KERNELS_AUTOTUNE=1: measure the candidates of each table once, and keep the fastest on disk.
 
-Without the variable, and where nothing can be measured (a CPU tensor, a stream that is being captured), the heuristics
-decide as ever.  With it, the first call of a class (operator, dtype, layouts, channels, size rounded up to a power of
-two, device) runs every candidate on that call's own tensors, into results of its own, and waits for the device; later
-calls, and later processes, find the answer.
+Without the variable, and where nothing can be measured (a CPU tensor, a stream under capture), the heuristics decide.
+With it, the first call of a class (operator, dtype, layouts, channels, size rounded up to a power of two, device) runs
+every candidate on the tensors of that call, into separate results, and waits for the device.  Later calls, and later
+processes, use the answer.
 
-One JSON file per device in `directory`, whose key has the versions of the library, of torch and of Triton: an answer
-holds for what was measured.  A file that cannot be read or written is ignored, with one warning, and replaced where
-it can be.
+There is one JSON file per device in `directory`; its keys contain the versions of the library, of torch and of Triton.
+A file that cannot be read or written is ignored, with one warning, and replaced if possible.
 """
 
 from __future__ import annotations
@@ -31,23 +30,20 @@ from fpn_kernels.version import __version__
 
 ENVIRONMENT_VARIABLE = "FPN_KERNELS_AUTOTUNE"
 
-# Read once: a launch asks before it puts together what `fastest` wants to know.
-_VALUE = os.environ.get(ENVIRONMENT_VARIABLE, "").lower()
-ENABLED = _VALUE in ("1", "true", "on", "all")
-# Kernels that nobody has seen run on a GPU are measured as well; one that stood still there would keep its caller.
-UNPROVEN = _VALUE == "all"
+# Read once, because each plan checks it before it collects the arguments of `fastest`.
+ENABLED = os.environ.get(ENVIRONMENT_VARIABLE, "").lower() in ("1", "true", "on")
 
 Candidate = TypeVar("Candidate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was measured for one class of calls.
+    """The measurement of one class of calls.
 
     Attributes:
-        operator, call: the class, as `fastest` was told of it.
-        default: what the heuristics say, a candidate's `repr`.
-        milliseconds: the candidates that run, by their `repr`.
+        operator, call: the class, as passed to `fastest`.
+        default: the choice of the heuristics, a candidate's `repr`.
+        milliseconds: the time of each candidate that runs, by its `repr`.
     """
 
     operator: str
@@ -56,10 +52,10 @@ class Measurement:
     milliseconds: Mapping[str, float]
 
 
-# Answers are some 200 bytes each.
-_LARGEST_FILE = 16 << 20
+# An answer is some 200 bytes.
+_MAX_FILE = 16 << 20
 
-# Of this process, in the order in which they were made: what `benchmarks.gpu` reads.
+# Of this process, in order; the benchmarks read them.
 measurements: list[Measurement] = []
 
 _lock = threading.RLock()
@@ -70,13 +66,13 @@ _warned = False
 def directory() -> pathlib.Path | None:
     """`$XDG_CACHE_HOME/fpn_kernels`, or `~/.cache/fpn_kernels`; None for a user without a home.
 
-    Relative paths are ignored, as the XDG specification says: the current folder may be anybody's.
+    Relative paths are ignored, as the XDG specification requires: another user may own the current folder.
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():
         try:
             cache = pathlib.Path.home() / ".cache"
-        except RuntimeError:  # a container's user number that no password file knows
+        except RuntimeError:  # a container's user number without an entry in the password file
             return None
     return cache / "fpn_kernels" if cache.is_absolute() else None
 
@@ -95,14 +91,14 @@ def size_class(*sizes: int) -> tuple[int, ...]:
 
 
 def _device_name(tensor: Tensor) -> str | None:
-    """The name that answers are kept under; None where nothing can be measured."""
+    """The device name in the path of the answers; None where nothing can be measured."""
     if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.get_device_name(tensor.device)
 
 
 def put_off() -> bool:
-    """Whether a measurement is asked for that now cannot be made: what is chosen instead is not for good."""
+    """Whether autotuning is on but cannot run now; the choice of the heuristics is then not cached."""
     return ENABLED and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -127,10 +123,10 @@ def _warn(doing: str, path: pathlib.Path, error: Exception) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, str]:
     try:
-        # Anything else than a small file (a folder, a pipe, a device) would fail late, or never end.
+        # Reading a folder, a pipe or a device would fail late, or never end.
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
-            raise ValueError(f"expected a file of at most {_LARGEST_FILE} bytes")
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE:
+            raise ValueError(f"expected a file of at most {_MAX_FILE} bytes")
         answers = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
             raise ValueError("expected an object of strings")
@@ -143,7 +139,7 @@ def _read(path: pathlib.Path) -> dict[str, str]:
 
 
 def _write(path: pathlib.Path, key: str, answer: str) -> None:
-    """Adds an answer to those that other processes wrote meanwhile; a reader sees the old file or the new one."""
+    """Add an answer to the file, and keep those that other processes have added; a reader sees the old or the new file."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +156,7 @@ def _write(path: pathlib.Path, key: str, answer: str) -> None:
 
 
 def _times(candidates: Sequence[Candidate], run: Callable[[Candidate], None]) -> dict[str, float]:
-    """Milliseconds by `repr`, of the candidates that fit the chip and that this Triton compiles."""
+    """Milliseconds per candidate, by its `repr`, for those that fit the chip and that this Triton compiles."""
     import triton
 
     times: dict[str, float] = {}
@@ -180,15 +176,15 @@ def fastest(
     default: Candidate,
     run: Callable[[Candidate], None],
 ) -> Candidate:
-    """The candidate for a class of calls: `default` unless the variable is set, then what was measured.
+    """The fastest candidate for a class of calls; `default` without the variable.
 
     Args:
         operator: its name.
-        call: what the class is told by beside dtype and device: layouts, channels, `size_class`.
-        tensor: whose dtype and device count.
-        candidates: configurations; an answer is found again by its `repr`.
-        default: what the heuristics say.
-        run: launches the operator with a candidate, into a result that nothing else reads.
+        call: the rest of the class, apart from dtype and device: layouts, channels, `size_class`.
+        tensor: gives dtype and device.
+        candidates: configurations; the file stores the `repr` of the fastest.
+        default: the choice of the heuristics.
+        run: launches the operator with a candidate, into a result that is not read.
     """
     device = _device_name(tensor) if ENABLED and len(candidates) > 1 else None
     if device is None:

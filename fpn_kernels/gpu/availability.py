@@ -23,9 +23,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (3, 6)
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-windows")
 
-# Up to here a float32 estimate of the first fine pixel that reads a coarse one is off by less than half a pixel, as
-# `device.first_reader` needs: five roundings of 2**-24 each, at 2**20, come to 0.31.
-LONGEST_SIDE = 2**20
+# Up to this side, a float32 estimate of the first fine pixel that reads a coarse one is off by less than half a pixel,
+# as `indexing.first_reader` requires: at 2**20, five roundings of 2**-24 add up to 0.31.
+MAX_SIDE = 2**20
 
 # Read when the library is imported, because Triton decides for good whether a kernel is interpreted when it is
 # decorated.  The spellings are those Triton accepts.
@@ -54,7 +54,7 @@ def _import_error() -> str | None:
         for name in ("gpu.indexing", "operators.output_conv.kernels"):
             importlib.import_module(f"fpn_kernels.{name}")
         version = str(importlib.import_module("triton").__version__)
-    except Exception as error:  # whatever a module of somebody else's raises
+    except Exception as error:  # another module may raise anything
         return f"the module triton of {_place_of_triton()} does not work: {type(error).__name__}: {error}"
     return f"Triton {version} is older than {_needed()}" if compatibility.older_than(_OLDEST, version) else None
 
@@ -75,15 +75,15 @@ def _needed() -> str:
 
 @functools.cache
 def _cannot_build() -> str | None:
-    """Why Triton could not compile the C module that launches its kernels; it would say so at the first launch."""
+    """Why Triton cannot compile the C module that launches its kernels, or None."""
     knobs = sys.modules.get("triton.knobs")
     if os.environ.get("CC") or (knobs is not None and knobs.build.impl is not None):
         return None
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     cache = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
-    # Not by `pathlib`, which raises where a folder above may not be read.
+    # Not by `pathlib`, which raises where a parent folder may not be read.
     if glob.glob(os.path.join(glob.escape(cache), "*", "cuda_utils*.so")):
-        return None  # compiled before, here or where the cache came from
+        return None  # compiled before, on this machine or where the cache came from
     if not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton needs a C compiler to launch kernels: install gcc or clang, or set CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks
@@ -104,7 +104,7 @@ def unavailable() -> str | None:
             return "this PyTorch was built without CUDA (and TRITON_INTERPRET is not set)"
         if not torch.cuda.is_available():
             return "no CUDA device (and TRITON_INTERPRET is not set)"
-    # Imported no earlier: what only runs on a CPU does not wait for it.
+    # Imported last: a program that only runs on a CPU does not wait for it.
     return _import_error() or (None if INTERPRETED else _cannot_build())
 
 
@@ -131,7 +131,7 @@ def tensor_refusal(tensor: Tensor) -> str | None:
 
 def side_refusal(*sides: int) -> str | None:
     longest = max(sides)
-    return None if longest <= LONGEST_SIDE else f"a side of {longest} pixels is above {LONGEST_SIDE}"
+    return None if longest <= MAX_SIDE else f"a side of {longest} pixels is above {MAX_SIDE}"
 
 
 def rows_refusal(channels: int, height: int) -> str | None:
@@ -145,12 +145,12 @@ def pixels_refusal(height: int, width: int) -> str | None:
 
 
 def copies_in_bulk(tensor: Tensor) -> bool:
-    """Whether a descriptor's boxes are moved by the chip's own copies (TMA), and not by pointers of the threads."""
+    """Whether the chip copies a descriptor's boxes (TMA); otherwise threads load them by pointers."""
     return not tensor.is_cuda or capability(tensor.device.index)[0] >= 9
 
 
 def overlap_refusal(tensor: Tensor) -> str | None:
-    """Programmatic dependent launch; the interpreter runs one launch after another, which is as right."""
+    """Why launches cannot overlap, or None; the interpreter runs them one after the other, with the same results."""
     return _capability_refusal(tensor.device.index, 9) if tensor.is_cuda else None
 
 

@@ -1,4 +1,4 @@
-"""What a launch needs to know of its tensors: strides, reach, alignment, the device.  Plain Python on integers."""
+"""The metadata of tensors that a launch depends on: strides, reach, alignment, the device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fpn_kernels import compatibility, resampling
 
 INT32_REACH = 2**31 - 1
 
-# Sixteen elements cover a 16-byte access in every dtype served, and keep the number of variants compiled small.
+# Sixteen elements cover a 16-byte access in every dtype, and keep the number of compilations small.
 _WIDEST = 16
 _ALIGNED_BYTES = 16
 
-# A machine without a GPU interprets; the number only shapes the grid there.
+# For the interpreter, where the number only shapes the grid.
 _DEFAULT_SM_COUNT = 132
 
 
@@ -26,12 +26,12 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def needs_int64(*tensors: Tensor) -> bool:
-    """Whether an offset inside any of the tensors exceeds what int32 holds."""
+    """Whether an offset inside any of the tensors exceeds int32."""
     return any(sum((n - 1) * s for n, s in zip(t.shape, strides(t), strict=True)) > INT32_REACH for t in tensors)
 
 
 def common_divisor(tensor: Tensor, dim: int, *counts: int) -> int:
-    """`alignment` by strides alone: that of a tensor whose start is aligned."""
+    """`alignment` of a tensor whose start is aligned, by its strides alone."""
     steps = strides(tensor)
     return math.gcd(_WIDEST, *steps[:dim], *steps[dim + 1 :], *counts) if steps[dim] == 1 else 0
 
@@ -39,9 +39,8 @@ def common_divisor(tensor: Tensor, dim: int, *counts: int) -> int:
 def alignment(tensor: Tensor, dim: int, *counts: int) -> int:
     """How far a run of elements along `dim` may be vectorised: 0 where its stride is not 1, else 1 to 16 elements.
 
-    The power of two that divides every other stride and each of `counts` (the bounds that masks compare with): Triton
-    sees these numbers only at run time and cannot assume it.  That the start is aligned to 16 bytes Triton finds out
-    for itself, and there is nothing to vectorise where it is not.
+    It is the power of two that divides every other stride and each of `counts` (the bounds in masks), which Triton sees
+    only at run time.  Triton itself specialises on the alignment of the start to 16 bytes.
     """
     divisor = common_divisor(tensor, dim, *counts)
     return 1 if divisor > 1 and tensor.data_ptr() % _ALIGNED_BYTES else divisor
@@ -55,8 +54,8 @@ def full_access(tensor: Tensor) -> int:
 def inner_axis(tensor: Tensor) -> str | None:
     """The axis along which a tensor descriptor reads or writes a map: "channels", "pixels", or None for neither.
 
-    TMA wants that axis to have stride 1, every other stride to be a multiple of 16 bytes, and the map to begin at one.
-    Expanded maps, whose stride is 0, are left out: nothing says that TMA takes them.
+    TMA requires that this axis has stride 1, that every other stride is a multiple of 16 bytes, and that the map begins
+    at such a multiple.  Expanded maps, with a stride of 0, are left out: TMA is not documented to accept them.
     """
     return _axis_along(tensor, (("channels", 1), ("pixels", 3)))
 
@@ -95,7 +94,7 @@ def scale(in_size: int, out_size: int) -> float:
 def longest_window(in_size: int, out_size: int, mode: str) -> int:
     """The largest number of destination pixels that read one source pixel along an axis, exactly."""
     if mode == "bilinear":
-        # Those between the pixel before and the pixel after it (`device.readers`), with the kernels' own float32 steps.
+        # The pixels between its two neighbours (`indexing.readers`), in the float32 steps of the kernels.
         destination = torch.arange(out_size, dtype=torch.float32, device="cpu")
         position = (destination + 0.5) * scale(in_size, out_size) - 0.5
         after = torch.bincount(position.floor().long() + 1, minlength=in_size + 1)
@@ -120,9 +119,9 @@ def pixels_are_flat(tensor: Tensor) -> bool:
 
 
 def arithmetic_of(feature: Tensor) -> str:
-    """How products are computed, "half", "tf32" or "ieee": float32 as PyTorch's switch for convolutions says.
+    """How products are computed: "half", or "tf32" or "ieee" for float32, by PyTorch's switch for convolutions.
 
-    TF32 is the tensor cores' alone.
+    Only tensor cores compute TF32.
     """
     if feature.dtype != torch.float32:
         return "half"

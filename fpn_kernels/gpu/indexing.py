@@ -18,8 +18,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def device_function(function: Callable[..., Any]) -> Any:
     """`triton.jit` for functions that kernels call.
 
-    The interpreter prepares the whole language anew at each call of such a function, which takes longer than the call:
-    there it stays plain Python, which computes the same.
+    Under the interpreter they stay plain Python: patching the language at each call takes longer than the call.
     """
     return function if INTERPRETED else triton.jit(function)
 
@@ -44,7 +43,7 @@ def known_multiple(value, ALIGNMENT: tl.constexpr):
 def loop_bound(value):
     """A run-time bound of a `range`.
 
-    The interpreter of Triton 3.6 has it as an array of one element, which NumPy 2.4 no longer takes for a number.
+    In the interpreter of Triton 3.6 it is an array of one element, which NumPy 2.4 no longer converts to a number.
     """
     if INTERPRETED:
         value = int(value.handle.data.item())
@@ -69,7 +68,7 @@ def along(index, stride, ALIGNMENT: tl.constexpr):
 
 @device_function
 def launch_dependents(LEADS: tl.constexpr):
-    """Lets the launch that follows this one (`launching.Link`) begin, once every program of this one has come here."""
+    """Let the next launch begin (`launch.Link`) once every program of this one has called this."""
     if LEADS:
         if not INTERPRETED:
             gdc_launch_dependents()
@@ -77,7 +76,7 @@ def launch_dependents(LEADS: tl.constexpr):
 
 @device_function
 def grid_dependency_wait(FOLLOWS: tl.constexpr):
-    """Waits until the launch before this one has ended, and all that it wrote is seen."""
+    """Wait until the previous launch has ended and its writes are visible."""
     if FOLLOWS:
         if not INTERPRETED:
             gdc_wait()
@@ -99,10 +98,10 @@ def rounded(value, DTYPE: tl.constexpr):
 
 @device_function
 def operand(value, ARITHMETIC: tl.constexpr):
-    """A tile as the tensor cores take it.
+    """A tile as an operand of the tensor cores.
 
-    They would cut float32 short to TF32; it is rounded first, which halves the error.  The interpreter of Triton 3.6
-    and 3.7 multiplies bfloat16 as the integers it is stored in.
+    They truncate float32 to TF32; rounding it first halves the error.  The interpreter of Triton 3.6 and 3.7 multiplies
+    the integers that store bfloat16.
     """
     if INTERPRETED:
         value = value.to(tl.float32)
@@ -115,7 +114,7 @@ def operand(value, ARITHMETIC: tl.constexpr):
 
 @device_function
 def position_of(index, scale, MODE: tl.constexpr):
-    """Where destination pixel `index` lies among the source pixels, before any clamp: scale is float32(in / out)."""
+    """The position of destination pixel `index` among the source pixels, before any clamp; scale: float32(in / out)."""
     position = index.to(tl.float32)
     if MODE == "nearest":
         position = position * scale
@@ -143,8 +142,8 @@ def bilinear_source(index, scale, size):
 
 @device_function
 def bilinear_weight(index, source, scale, size):
-    """What destination pixel `index` takes of pixel `source`: ``1 - |position - source|`` where that is positive."""
-    # Beyond either end both neighbours are the outermost pixel: it is taken whole.
+    """The weight of pixel `source` in destination pixel `index`: ``max(0, 1 - |position - source|)``."""
+    # Beyond either end both neighbours are the outermost pixel, whose weight is 1.
     position = tl.maximum(position_of(index, scale, "bilinear"), 0.0)
     position = tl.minimum(position, (size - 1).to(tl.float32))
     return tl.maximum(1.0 - tl.abs(position - source.to(tl.float32)), 0.0)
@@ -152,10 +151,10 @@ def bilinear_weight(index, source, scale, size):
 
 @device_function
 def first_reader(source, scale, inverse, in_size, out_size, MODE: tl.constexpr):
-    """The first destination pixel that lies at or after `source`; `out_size` where there is none.
+    """The first destination pixel whose position is at least `source`, or `out_size`.
 
-    The float32 estimate is less than half a pixel off (`availability.LONGEST_SIDE`), so that the answer is the estimate
-    cut to a whole number or one of the two pixels after it; the forward's own arithmetic says which.
+    The float32 estimate is off by less than half a pixel (`availability.MAX_SIDE`); the forward's formula selects among
+    its floor and the next two pixels.
     """
     exact = source.to(tl.float32)
     estimate = exact * inverse
@@ -168,13 +167,13 @@ def first_reader(source, scale, inverse, in_size, out_size, MODE: tl.constexpr):
     for step in tl.static_range(2):
         found += (position_of(first + step, scale, MODE) < exact).to(tl.int32)
     found = tl.minimum(tl.maximum(found, 0), out_size)
-    # Sources are clamped to the last pixel: nothing is read after it, whatever the position.
+    # Sources are clamped to the last pixel: no pixel after it is read, whatever the position.
     return tl.where(source >= in_size, out_size, found)
 
 
 @device_function
 def readers(source, scale, inverse, in_size, out_size, MODE: tl.constexpr):
-    """The range of destination pixels that read pixel `source`, in the bilinear mode as lower or as upper neighbour."""
+    """The range of destination pixels that read pixel `source`; in bilinear mode, as lower or upper neighbour."""
     if MODE == "bilinear":
         first = first_reader(source - 1, scale, inverse, in_size, out_size, MODE)
     else:
@@ -184,14 +183,14 @@ def readers(source, scale, inverse, in_size, out_size, MODE: tl.constexpr):
 
 @device_function
 def start_of(base, first, second, first_stride, second_stride, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
-    """Where the tile's outer indices begin: two scalars a program, so that tiles keep small offsets."""
+    """The address of the tile's outer indices: two scalars per program, so that tiles keep small offsets."""
     offset = widened(first, WIDE) * known_multiple(first_stride, ALIGNMENT)
     return base + (offset + widened(second, WIDE) * known_multiple(second_stride, ALIGNMENT))
 
 
 @device_function
 def rows_of(first, second, first_stride, second_stride, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of the rows of a tile that are counted along two axes."""
+    """Offsets of the rows of a tile, which are counted along two axes."""
     offset = widened(first, WIDE) * known_multiple(first_stride, ALIGNMENT)
     return offset + widened(second, WIDE) * known_multiple(second_stride, ALIGNMENT)
 

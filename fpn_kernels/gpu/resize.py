@@ -1,4 +1,4 @@
-"""A tile of a map that is resized on the way, in float32: shared by the kernels that merge one."""
+"""A tile of a map that is resized while it is read, in float32; for the kernels that merge."""
 
 # ruff: noqa: N803 - Triton's idiom: constexprs in capitals, and a branch for each
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -54,7 +54,7 @@ def resized_rows(
 ):  # fmt: skip
     """Columns `x` of the rows `y`, one for each of the channels `c`.
 
-    The coarse pixels of neighbours are not neighbours themselves: their column stride is never taken as 1.
+    Neighbouring pixels need not read neighbouring coarse pixels: their column stride is never assumed to be 1.
     """
     if MODE == "bilinear":
         y0, y1, weight_y = bilinear_source(y, scale_y, top_height)

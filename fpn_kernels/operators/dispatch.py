@@ -55,7 +55,8 @@ class Implementation:
 
     Attributes:
         plan: returns a function of the call that computes it, for this call and every other with the same cache key.
-            That function keeps none of the tensors; it is cached unless it has a true attribute `transient`.
+            That function keeps none of the tensors; it is cached unless it has a true attribute `transient`.  It may
+            have an attribute `kernel`, a function that returns which kernel, product or tile it runs, in a few words.
         refusal: returns why the call cannot be served, or None.
         opt_in: returns why the call is served only if the backend is forced (another is faster, or nothing was
             measured), or None.
@@ -63,7 +64,6 @@ class Implementation:
             fastest, `torch.preserve_format` where that does not matter or is unknown, or None for a device that the
             backend does not serve.
         optional: whether eager serves the calls that the forced backend refuses; otherwise they raise.
-        kernel: returns which kernel, product or tile computes the call, in a few words.
         evidence: returns, in one line, the measurement or the argument for which the backend serves the call.
     """
 
@@ -72,7 +72,6 @@ class Implementation:
     opt_in: Callable[[Any], str | None] = _no_refusal
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
     optional: bool = False
-    kernel: Callable[[Any], str] = _no_text
     evidence: Callable[[Any], str] = _no_text
 
 
@@ -104,8 +103,9 @@ class Explanation:
         refusals: backend name to reason, in the order of preference.
         forced: whether `use_backend` or the environment variable named the backend.
         evidence: in one line, the measurement or the argument for which the backend serves the call.
-        kernel: which kernel, product or tile computes the call; "" where the backend has one only.
-        gradient: which autograd records the call where a gradient is required.
+        kernel: which kernel, product or tile computes the call; "" where the backend has only one.
+        layout: the layout of the input map in which the backend is fastest; "" where it does not matter.
+        gradient: which autograd records the call; "" where no gradient is required.
     """
 
     operator: str
@@ -114,12 +114,14 @@ class Explanation:
     forced: bool = False
     evidence: str = ""
     kernel: str = ""
+    layout: str = ""
     gradient: str = ""
 
     def __str__(self) -> str:
         how = " (forced)" if self.forced else ""
         lines = [f"{self.operator}: served by {self.backend}{how}"]
         lines += [f"  kernel: {self.kernel}"] if self.kernel else []
+        lines += [f"  fastest layout of the input: {self.layout}"] if self.layout else []
         lines += [f"  gradient: {self.gradient}"] if self.gradient else []
         lines += [f"  {name} does not: {reason}" for name, reason in self.refusals.items()]
         lines += [f"  evidence: {self.evidence}"] if self.evidence else []
@@ -145,7 +147,8 @@ _requests_lock = threading.Lock()
 _forced_here: contextvars.ContextVar[str | None] = contextvars.ContextVar("fpn_kernels_forced_here", default=None)
 
 records: list[list[tuple[str, str]]] = []
-_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fpn_kernels_explaining", default=False)
+# While a call is explained: whether a gradient would be recorded.
+_explaining: contextvars.ContextVar[bool | None] = contextvars.ContextVar("fpn_kernels_explaining", default=None)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -321,7 +324,21 @@ def forced_by() -> tuple[str | None, str | None]:
 
 
 def is_explaining() -> bool:
-    return _explaining.get()
+    return _explaining.get() is not None
+
+
+def complete(explanation: Explanation, operator: Operator[Any], call: Any, run: Callable[[Any], Any]) -> Explanation:
+    """The explanation of a call with the choices that its plan made, and who records its gradient."""
+    kernel, layout, gradient = getattr(run, "kernel", None), "", ""
+    chosen = operator.backends.get(explanation.backend)
+    tensors = [each for value in call for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
+    if chosen is not None:
+        fastest = chosen.fastest_format(tensors[0].device.type, tensors[0].dtype)
+        layout = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}.get(fastest, "")  # type: ignore[arg-type]
+    if _explaining.get() and any(each.requires_grad for each in tensors):
+        gradient = operator.recorded_by(call, explanation.backend)
+    return dataclasses.replace(explanation, kernel=kernel() if kernel else "", layout=layout, gradient=gradient)
 
 
 def record(operator: str, backend: str) -> None:
@@ -344,7 +361,7 @@ def record_calls() -> Iterator[list[tuple[str, str]]]:
 @contextlib.contextmanager
 def explaining() -> Iterator[None]:
     """Make the next call raise `Explained` where its kernel would be launched."""
-    token = _explaining.set(True)
+    token = _explaining.set(torch.is_grad_enabled())
     try:
         yield
     finally:

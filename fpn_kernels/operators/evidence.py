@@ -1,7 +1,7 @@
-"""Why a backend serves a call: a run in benchmarks/results, or an argument for a call that was never timed.
+"""Why a backend serves a call: a run in benchmarks/results, or an argument where no run has such a call.
 
-A figure is the lowest and the highest ratio to eager over the rows of a run that an operator has served, on the device.
-An operator of a backward is timed with its forward.  `tests/test_evidence.py` reads the same figures from the runs.
+A figure is the lowest and the highest ratio to eager over the rows of a run that an operator served, on the device.
+A backward operator is timed with its forward.  `tests/test_evidence.py` reads the same figures from the runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 GPU_RUN = "an H100, bfloat16, 800 x 1280, 2026-11-27"
 GPU_CAPABILITY = (9, 0)
-# (backend, operator) -> layout -> range.  NCHW lateral connections read their maps otherwise since that run.
+# (backend, operator) -> layout -> range.  The NCHW lateral connection changed after that run.
 GPU: dict[tuple[str, str], dict[str, Range]] = {
     ("native", "upsample_add"): {"NHWC": (4.66, 5.24), "NCHW": (2.94, 3.04)},
     ("native", "upsample_add_backward"): {"NHWC": (4.58, 4.83), "NCHW": (3.01, 3.01)},
@@ -51,7 +51,7 @@ CPU: dict[str, dict[str, Range]] = {
     "output_conv_backward_weight": {"AVX512": (1.14, 1.14), "AMX": (1.39, 1.49), "AVX2": (1.65, 2.33)},
 }
 
-# The rows' operator and direction where an operator has none of its own name.
+# Operators without rows of their own name: operator and direction of their rows.
 ROWS = {
     "upsample_add_backward": ("upsample_add", "forward+backward"),
     "product": ("lateral_connection", "forward+backward"),

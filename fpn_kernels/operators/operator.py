@@ -66,11 +66,13 @@ class Gradient(Generic[Call]):
             a list): whether it requires a gradient.
         by_aten: takes the call; computes it by operators of PyTorch that autograd records by itself, or returns None.
             Used where a call bypasses the dispatcher and some tensor requires a gradient.
+        recorded_by: takes the call and the backend that serves it; returns, for `explain`, which autograd records it.
     """
 
     save: Callable[[Any, Call, Any], None]
     backward: Callable[..., Any]
     by_aten: Callable[[Call], Any] | None = None
+    recorded_by: Callable[[Call, str], str] = lambda call, backend: "one node of this library"
 
 
 class Operator(Generic[Call]):
@@ -108,7 +110,7 @@ class Operator(Generic[Call]):
         self.name = LIBRARY.define(schema, tags=tags)
         self.call, self.backends, self.compose, self.exported = call, dict(backends), compose, exported
         self._has_lists = "[]" in schema.split("*")[0]
-        self._standard, self._by_aten = standard, gradient.by_aten
+        self._standard, self._by_aten, self.recorded_by = standard, gradient.by_aten, gradient.recorded_by
         self.function = _autograd_function(self.name, call, gradient)
         self.dispatched = getattr(torch.ops.fpn_kernels, self.name)
         for device_type, attributes in paths.CAST.items():

@@ -179,13 +179,15 @@ def _get_or_make(operator: Operator[Any], call: Any) -> Plan:
     if call.empty() is not None:
         return Plan(operator.name, None, lambda call: call.empty())
     chosen, explanation = dispatch.select(operator, call)
-    if dispatch.is_explaining():
-        raise dispatch.Explained(explanation)
     if chosen is None:
+        if dispatch.is_explaining():
+            raise dispatch.Explained(explanation)
         assert operator.compose is not None
         plan = Plan(operator.name, None, operator.compose.plan(call))
     else:
         plan = Plan(operator.name, explanation.backend, chosen.plan(call))
+        if dispatch.is_explaining():
+            raise dispatch.Explained(dispatch.complete(explanation, operator, call, plan.run))
     if not plan.transient:
         put(key, plan)
     return plan

@@ -83,8 +83,8 @@ def plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
     has_top, dtype = call.top is not None, feature.dtype
     by_convolution = _convolution_is_faster(feature, out_format, has_top)
     arithmetic = aten.arithmetic_dtype("cpu", dtype)
-    # AMX tiles read neighbouring channels of the top, whatever the layout of the result: 1.7 ms at 75 x 113 in NCHW with
-    # the copy, where tops in NCHW took 3.3 ms (256 channels, 2 cores of an Intel Xeon with AMX).
+    # AMX tiles read neighbouring channels of the top, whatever the layout of the result: 1.7 ms at 75 x 113 in NCHW,
+    # with the copy, where tops in NCHW took 3.3 ms (256 channels, 2 cores of an Intel Xeon with AMX).
     reorders_top = (
         call.top is not None and call.top.stride(1) != 1 and not by_convolution and native.multiplies_by_tiles(dtype)
     )

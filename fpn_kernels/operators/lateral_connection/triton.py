@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fpn_kernels import compatibility
 from fpn_kernels.gpu import autotune, availability, geometry
-from fpn_kernels.gpu.launch import ALONE, Launch, Link, stand_in
+from fpn_kernels.gpu.launch import ALONE, Launch, Link, named, stand_in
 from fpn_kernels.gpu.tiles import walk_of
 from fpn_kernels.operators import dispatch, evidence
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
@@ -231,7 +231,7 @@ def plan_connection(
     def run(feature: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor | None, out: Tensor, gain: float) -> None:
         launch_connect(feature, weight, out if bias is None else bias, out if top is None else top, out, gain)
 
-    return run
+    return named(run, f"a tile is {config}; {arithmetic} products")
 
 
 def refusal(call: LateralConnection) -> str | None:
@@ -281,7 +281,7 @@ def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
             merge(call.top, out, out, call.gain)
             return out
 
-        return run_two
+        return named(run_two, f"{connection.kernel()}, then upsample_add in place")  # type: ignore[attr-defined]
     connection = plan_connection(feature, matrix, bias, top, like, "nearest" if top is None else call.mode)
 
     def run(call: LateralConnection) -> Tensor:
@@ -289,7 +289,7 @@ def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
         connection(call.feature, call.matrix(), call.bias, call.top, out, call.gain)
         return out
 
-    return run
+    return named(run, connection.kernel())  # type: ignore[attr-defined]
 
 
 LATERAL_CONNECTION = dispatch.Implementation(

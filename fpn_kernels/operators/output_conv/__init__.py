@@ -38,7 +38,7 @@ OUTPUT_CONV = Operator(
         "eager": dispatch.eager(eager.output_conv),
     },
     standard=_standard,
-    gradient=Gradient(gradient.save, gradient.backward, gradient.by_aten),
+    gradient=Gradient(gradient.save, gradient.backward, gradient.by_aten, gradient.recorded_by),
     cast=3,
     exported=True,
 )
@@ -88,7 +88,12 @@ OUTPUT_CONV_LEVELS = Operator(
     OutputConvLevels,
     {"triton": triton.OUTPUT_CONV_LEVELS},
     standard=_standard_levels,
-    gradient=Gradient(gradient.save_levels, gradient.backward_levels, _levels_recorded),
+    gradient=Gradient(
+        gradient.save_levels,
+        gradient.backward_levels,
+        _levels_recorded,
+        lambda call, backend: "one node per level, as output_conv",
+    ),
     cast=4,
     compose=dispatch.Composition("one output_conv per level", _compose),
     exported=True,

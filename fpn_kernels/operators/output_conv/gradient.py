@@ -109,11 +109,22 @@ def may_be_atens(call: OutputConv) -> bool:
 
 def planned_by_aten(plan: plan_cache.Plan, call: OutputConv) -> Tensor | None:
     """As `by_aten`, for a call that has a plan and that `may_be_atens`."""
-    large = any(dispatch.forced_by()) or aten.is_large(call.feature, _MIN_NODE_PIXELS)
-    if plan.backend is None or (plan.backend != "eager" and large):
+    if plan.backend is None or not _aten_records(call, plan.backend):
         return None
     dispatch.record("output_conv", "eager")
     return eager.output_conv(call)
+
+
+def _aten_records(call: OutputConv, backend: str) -> bool:
+    large = any(dispatch.forced_by()) or aten.is_large(call.feature, _MIN_NODE_PIXELS)
+    return backend == "eager" or not large
+
+
+def recorded_by(call: OutputConv, backend: str) -> str:
+    """Which autograd records a call, for `explain`."""
+    if may_be_atens(call) and _aten_records(call, backend):
+        return "PyTorch's own node, and its own convolution" + ("" if backend == "eager" else ": the map is small")
+    return "one node of this library"
 
 
 def save_levels(ctx: Any, call: OutputConvLevels, result: list[Tensor]) -> None:

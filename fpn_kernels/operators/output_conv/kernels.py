@@ -35,7 +35,7 @@ from fpn_kernels.gpu.indexing import (
 )
 
 # Each of these pointers is a tuple with one entry per level.  Triton specialises on the numbers in a tuple, so numbers
-# have names of their own: what is compiled then depends on none of them.
+# have names of their own, and are not specialised on.
 POINTERS = ("features", "weights", "biases", "outs")
 MAX_LEVELS = 5  # P2 to P6
 SIZES = tuple(f"{side}{level}" for level in range(MAX_LEVELS) for side in ("height", "width"))

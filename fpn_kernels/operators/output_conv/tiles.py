@@ -103,10 +103,10 @@ def choose(
     sms: int,
     in_boxes: bool,
 ) -> BoxConfig:
-    """The tile, in either orientation, whose waves take the shortest.
+    """The tile, in either orientation, whose waves take the shortest time.
 
-    Where nobody has measured them, the largest tile of which there are as many as multisms, turned where fewer
-    then cover the maps.
+    Where waves were not measured: the largest tile of which there are as many as SMs, transposed where fewer then cover
+    the maps.
     """
     fit = fitting(TABLE, arithmetic, out_channels, in_boxes)
     times = {config: WAVES[size] for (kind, size), config in TABLE.items() if kind == arithmetic == "half"}
