@@ -1,4 +1,4 @@
-"""The evidence in an `Explanation`: its figures are those of the runs that are kept, and no call claims another's."""
+"""The evidence in an `Explanation`: its figures equal those of the stored runs, and no call claims another's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from torch._subclasses import FakeTensorMode
 
 import fpn_kernels
 from benchmarks import records
-from fpn_kernels.backends import eager, evidence, native, selection
-from fpn_kernels.backends.selection import Backend, Implementation
-from fpn_kernels.backends.triton import eligibility
+from fpn_kernels import native
+from fpn_kernels.gpu import availability
+from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators.dispatch import Implementation
+from fpn_kernels.operators.lateral_connection import LATERAL_CONNECTION, eager
+from fpn_kernels.operators.lateral_connection.call import LateralConnection
+from fpn_kernels.operators.operator import OPERATORS
+from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD
+from fpn_kernels.operators.upsample_add.call import UpsampleAdd
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CPU_ROWS = {
     "AVX512": ("cpu-xeon-amx-2026-11-21.json", "fp32"),
     "AMX": ("cpu-xeon-amx-2026-11-21.json", "bf16"),
@@ -66,12 +72,12 @@ def test_the_cpu_figures_are_those_of_the_runs() -> None:
 
 
 def test_every_operator_of_a_backend_has_evidence() -> None:
-    for backend in selection.backends():
-        for operator, implementation in backend.implementations.items():
-            assert implementation.evidence is not Implementation.evidence, (backend.name, operator)
+    for operator in OPERATORS.values():
+        for backend, implementation in operator.backends.items():
+            assert implementation.evidence is not Implementation.evidence, (backend, operator)
     argued = {*evidence._ARGUMENTS}
     assert {name for _, name in evidence.GPU} - {"top_down_pathway", "output_conv_levels"} <= argued
-    assert set(native.BACKEND.implementations) <= argued
+    assert {name for name, operator in OPERATORS.items() if "native" in operator.backends} <= argued
 
 
 @pytest.mark.skipif(native.load_error() is not None, reason="the compiled library was not built")
@@ -94,16 +100,16 @@ def test_explain_says_what_was_measured_on_a_cpu_like_this(monkeypatch: pytest.M
         assert said(torch.float32) == "PyTorch's own operators"
 
 
-def test_evidence_is_the_last_line_and_there_only_where_there_is_some() -> None:
+def test_evidence_is_the_last_line_if_there_is_any() -> None:
     top, lateral = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 4, 4)
     answer = fpn_kernels.explain("upsample_add", top, lateral)
     assert str(answer).splitlines()[-1] == f"  evidence: {answer.evidence}"
-    assert "evidence" not in str(selection.Explanation("upsample_add", "theirs", {}))
+    assert "evidence" not in str(dispatch.Explanation("upsample_add", "theirs", {}))
     pathway = fpn_kernels.explain("top_down_pathway", [lateral], [torch.ones(2, 2)])
     assert pathway.evidence == "each of these calls is selected by itself"
 
 
-# ---- on GPUs that this machine need not have
+# ---- on GPUs that this machine may lack
 
 
 @pytest.fixture
@@ -113,13 +119,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def capability(device: Any) -> tuple[int, int]:
         return {HOPPER: (9, 0), AMPERE: (8, 0)}[device if isinstance(device, int) else device.index]
 
-    monkeypatch.setattr(eligibility, "capability", capability)
-    monkeypatch.setattr(eligibility, "unavailable", lambda: None)
-    monkeypatch.setattr(eligibility, "INTERPRETED", False)
+    monkeypatch.setattr(availability, "capability", capability)
+    monkeypatch.setattr(availability, "unavailable", lambda: None)
+    monkeypatch.setattr(availability, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    backends = selection._registry
-    found = Backend("triton", lambda: None, backends["triton"].implementations)
-    monkeypatch.setattr(selection, "_registry", {**backends, "triton": found})
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", lambda: None)
     monkeypatch.setattr(native, "cuda_refusal", lambda index: "was built without kernels for CUDA")
     with FakeTensorMode():
         yield
@@ -134,17 +138,17 @@ def _connection(
     bias: bool = True,
     mode: str = "nearest",
     channels: int = 64,
-) -> tuple[Any, ...]:
+) -> LateralConnection:
     def made(*size: int, **how: Any) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=f"cuda:{device}", **how)
 
     feature = made(1, channels, *size, memory_format=layout)
     top = made(1, 64, size[0] // 2, size[1] // 2, memory_format=layout) if merge else None
-    return (feature, made(64, channels), made(64) if bias else None, top, mode, 1.0, None)
+    return LateralConnection(feature, made(64, channels), made(64) if bias else None, top, mode)
 
 
-def _served(*arguments: Any) -> tuple[str, str]:
-    _, answer = selection.select("lateral_connection", arguments)
+def _served(call: LateralConnection) -> tuple[str, str]:
+    _, answer = dispatch.select(LATERAL_CONNECTION, call)
     reason = answer.refusals.get("triton", "")
     return answer.backend, answer.evidence if answer.backend == "triton" else reason
 
@@ -163,21 +167,21 @@ def _ieee() -> Iterator[None]:
 @pytest.mark.usefixtures("gpus")
 def test_a_connection_says_what_was_measured_and_what_is_argued() -> None:
     nhwc = "triton", f"measured on {evidence.GPU_RUN}: 3.81x to 6.09x eager in NHWC"
-    assert _served(*_connection()) == nhwc
-    assert _served(*_connection(layout=torch.contiguous_format))[1].endswith("1.13x to 1.19x eager in NCHW")
-    assert _served(*_connection(dtype=torch.float16))[1] == f"{nhwc[1]}; float16 has the same sizes and rates"
+    assert _served(_connection()) == nhwc
+    assert _served(_connection(layout=torch.contiguous_format))[1].endswith("1.13x to 1.19x eager in NCHW")
+    assert _served(_connection(dtype=torch.float16))[1] == f"{nhwc[1]}; float16 has the same sizes and rates"
     argued = "argued by bytes: one pass for product, bias and merge, where PyTorch takes up to four; not measured for"
-    assert _served(*_connection(AMPERE)) == ("triton", f"{argued} bfloat16, nearest in NHWC on compute capability 8.0")
-    tf32 = _served(*_connection(dtype=torch.float32))
+    assert _served(_connection(AMPERE)) == ("triton", f"{argued} bfloat16, nearest in NHWC on compute capability 8.0")
+    tf32 = _served(_connection(dtype=torch.float32))
     assert tf32 == ("triton", f"{argued} float32, nearest in NHWC on compute capability 9.0")
     # The gradient of a feature, where nothing is merged.
-    assert "forward and backward 2.98x to 3.20x" in _served(*_connection(merge=False, bias=False))[1]
+    assert "forward and backward 2.98x to 3.20x" in _served(_connection(merge=False, bias=False))[1]
 
 
 @pytest.mark.usefixtures("gpus")
 def test_a_product_that_was_not_timed_is_eagers() -> None:
     def passed_over(**how: Any) -> str:
-        backend, reason = _served(*_connection(**how))
+        backend, reason = _served(_connection(**how))
         assert backend == "eager" and reason.startswith("opt-in: "), (backend, reason)
         return reason
 
@@ -185,48 +189,49 @@ def test_a_product_that_was_not_timed_is_eagers() -> None:
         for device in (HOPPER, AMPERE):
             with _ieee():
                 assert "without TF32" in passed_over(device=device, dtype=torch.float32, layout=layout)
-                assert _served(*_connection(device, layout=layout))[0] == "triton", "16 bits do not go by it"
-            assert _served(*_connection(device, torch.float32, layout=layout))[0] == "triton"
+                assert _served(_connection(device, layout=layout))[0] == "triton", "16 bits do not go by it"
+            assert _served(_connection(device, torch.float32, layout=layout))[0] == "triton"
     for bias in (False, True):
         assert "this is 8.0" in passed_over(device=AMPERE, merge=False, bias=bias)
         assert "16 bits" in passed_over(dtype=torch.float32, merge=False, bias=bias)
     assert "this is 8.0" in passed_over(device=AMPERE, mode="bilinear")
-    assert _served(*_connection(mode="bilinear"))[0] == "triton"
+    assert _served(_connection(mode="bilinear"))[0] == "triton"
     # 75 x 113 pixels in NCHW, and channels that are odd.
     assert "single elements" in passed_over(size=(75, 113), layout=torch.contiguous_format)
     assert "single elements" in passed_over(channels=65)
-    assert _served(*_connection(size=(75, 113)))[0] == "triton"
+    assert _served(_connection(size=(75, 113)))[0] == "triton"
 
 
 @pytest.mark.usefixtures("gpus")
 def test_forced_it_serves_and_claims_nothing() -> None:
-    with _ieee(), selection.use_backend("triton"):
-        backend, said = _served(*_connection(dtype=torch.float32))
+    with _ieee(), dispatch.use_backend("triton"):
+        backend, said = _served(_connection(dtype=torch.float32))
         assert (backend, said) == (
             "triton",
             "none, it is opt-in: its product in float32 without TF32 has not been timed",
         )
         # What it cannot compute it refuses still: opt-in for some calls is not optional for all.
-        with pytest.raises(selection.BackendUnavailableError, match="triton: torch.float64 is none of"):
-            _served(*_connection(dtype=torch.float64))
+        with pytest.raises(dispatch.BackendUnavailableError, match="triton: torch.float64 is none of"):
+            _served(_connection(dtype=torch.float64))
 
 
 def test_eager_merges_in_one_pass_where_a_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
     merged: list[tuple[int, ...]] = []
 
-    def merge(top: torch.Tensor, lateral: torch.Tensor, mode: str, gain: float) -> torch.Tensor:
-        assert (mode, gain) == ("bilinear", 0.5)
-        merged.append(lateral.stride())
-        return torch.empty_like(lateral)
+    def merge(call: UpsampleAdd) -> torch.Tensor:
+        assert (call.mode, call.gain) == ("bilinear", 0.5)
+        merged.append(call.lateral.stride())
+        return torch.empty_like(call.lateral)
 
-    merging = Backend("merging", lambda: None, {"upsample_add": Implementation(lambda *a: merge, lambda *a: None)})
-    monkeypatch.setattr(selection, "_registry", {"merging": merging, "eager": eager.BACKEND})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"merging": lambda: None, "eager": lambda: None})
+    monkeypatch.setitem(UPSAMPLE_ADD.backends, "merging", Implementation(lambda call: merge))
     # On a device that is not the CPU, and needs no driver.
     feature, top = (torch.empty(1, 8, n, n, device="meta") for n in (6, 3))
     weight, bias = torch.empty(8, 8, device="meta"), torch.empty(8, device="meta")
-    result = eager.lateral_connection(feature, weight, bias, top, "bilinear", 0.5, None)
+    call = LateralConnection(feature, weight, bias, top, "bilinear", 0.5)
+    result = eager.lateral_connection(call)
     assert merged == [result.stride()] and result.is_contiguous()
-    eager.lateral_connection(feature, weight, bias, None, "bilinear", 0.5, None)
-    with selection.use_backend("eager"):
-        plain = eager.lateral_connection(feature, weight, bias, top, "bilinear", 0.5, None)
+    eager.lateral_connection(call._replace(top=None))
+    with dispatch.use_backend("eager"):
+        plain = eager.lateral_connection(call)
     assert plain.stride() == result.stride() and len(merged) == 1, "nothing to merge, or eager forced"

@@ -1,9 +1,8 @@
-"""`backends.serving`: what is remembered of a call serves only the calls that are like it in all that matters."""
+"""The plan cache: a cached plan serves only calls with equal metadata and settings."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,28 +16,30 @@ from torch import Tensor
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.backends import selection, serving
-from fpn_kernels.backends.selection import Backend, Implementation
+from fpn_kernels.operators import dispatch, plan_cache
+from fpn_kernels.operators.dispatch import Implementation
+from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD
+from fpn_kernels.operators.upsample_add.call import UpsampleAdd
 
 
 class _Counting:
-    """A backend of first choice that counts what it is asked, and multiplies by a number that it is prepared with."""
+    """A backend of first choice that counts its calls; each plan returns maps of its own number."""
 
     def __init__(self) -> None:
-        self.refusals = self.prepared = self.computed = 0
+        self.refusals = self.planned = self.computed = 0
         self.transient = False
 
-    def refusal(self, top: Tensor, *_: object) -> str | None:
+    def refusal(self, call: UpsampleAdd) -> str | None:
         self.refusals += 1
-        return "no float64" if top.dtype == torch.float64 else None
+        return "no float64" if call.top.dtype == torch.float64 else None
 
-    def prepare(self, top: Tensor, lateral: Tensor, mode: str, gain: float) -> Callable[..., Tensor]:
-        self.prepared += 1
-        number = float(self.prepared)
+    def plan(self, call: UpsampleAdd) -> Callable[[UpsampleAdd], Tensor]:
+        self.planned += 1
+        number = float(self.planned)
 
-        def run(top: Tensor, lateral: Tensor, mode: str, gain: float) -> Tensor:
+        def run(call: UpsampleAdd) -> Tensor:
             self.computed += 1
-            return torch.full_like(lateral, number)
+            return torch.full_like(call.lateral, number)
 
         run.transient = self.transient  # type: ignore[attr-defined]
         return run
@@ -47,9 +48,8 @@ class _Counting:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> _Counting:
     backend = _Counting()
-    implementation = Implementation(backend.prepare, backend.refusal)
-    ours = {"counting": Backend("counting", lambda: None, {"upsample_add": implementation})}
-    monkeypatch.setattr(selection, "_registry", {**ours, **selection._registry})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"counting": lambda: None, **dispatch.BACKENDS})
+    monkeypatch.setitem(UPSAMPLE_ADD.backends, "counting", Implementation(backend.plan, backend.refusal))
     return backend
 
 
@@ -57,15 +57,13 @@ def _maps(**options: Any) -> tuple[Tensor, Tensor]:
     return random_map((1, 4, 3, 4), torch.float32, **options), random_map((1, 4, 6, 8), torch.float32, **options)
 
 
-def test_calls_alike_are_prepared_once(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = itertools.count()
-    checked = fpn_kernels.operators.upsample_add.check_upsample_add
-    monkeypatch.setattr(
-        fpn_kernels.operators.upsample_add, "check_upsample_add", lambda *a: (next(checks), checked(*a))[1]
-    )
+def test_equal_calls_are_checked_and_planned_once(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[UpsampleAdd] = []
+    check = UpsampleAdd.check
+    monkeypatch.setattr(UpsampleAdd, "check", lambda call: (checks.append(call), check(call))[1])
     for _ in range(3):
         assert fpn_kernels.upsample_add(*_maps()).unique().tolist() == [1.0]
-    assert (counting.refusals, counting.prepared, counting.computed, next(checks)) == (1, 1, 3, 1)
+    assert (counting.refusals, counting.planned, counting.computed, len(checks)) == (1, 1, 3, 1)
 
 
 def _other_size(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +83,7 @@ def _other_dtype(top: Tensor, lateral: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("other", [_other_size, _other_strides, _other_alignment, _other_dtype])
-def test_a_tensor_that_differs_is_prepared_anew(
+def test_a_tensor_that_differs_has_a_plan_of_its_own(
     other: Callable[..., tuple[Tensor, Tensor]], counting: _Counting
 ) -> None:
     maps = _maps()
@@ -94,13 +92,13 @@ def test_a_tensor_that_differs_is_prepared_anew(
     assert fpn_kernels.upsample_add(*maps).unique().tolist() == [1.0]
 
 
-def test_an_option_that_differs_is_prepared_anew(counting: _Counting) -> None:
+def test_an_option_that_differs_has_a_plan_of_its_own(counting: _Counting) -> None:
     top, lateral = _maps()
     for number, options in enumerate(({}, {"mode": "bilinear"}, {"gain": 0.5}), start=1):
         assert fpn_kernels.upsample_add(top, lateral, **options).unique().tolist() == [number]
 
 
-def test_a_forced_backend_is_part_of_the_likeness(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_is_part_of_the_key(counting: _Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     top, lateral = _maps()
     exact = reference.upsample_add(top, lateral)
     assert fpn_kernels.upsample_add(top, lateral).unique().tolist() == [1.0]
@@ -127,80 +125,79 @@ def test_a_wrong_call_after_a_right_one_raises_each_time(counting: _Counting) ->
         fpn_kernels.upsample_add(top.double(), lateral.double())
 
 
-def test_explaining_neither_reads_nor_leaves_anything(counting: _Counting) -> None:
+def test_explaining_neither_reads_nor_fills_the_cache(counting: _Counting) -> None:
     top, lateral = _maps()
     assert fpn_kernels.explain("upsample_add", top, lateral).backend == "counting"
-    assert counting.prepared == 0
     fpn_kernels.upsample_add(top, lateral)
     assert fpn_kernels.explain("upsample_add", top, lateral).backend == "counting"
-    assert (counting.prepared, counting.refusals) == (1, 3)
+    assert (counting.planned, counting.refusals, counting.computed) == (3, 3, 1)
 
 
 def test_a_recorded_call_is_one_each_time(counting: _Counting) -> None:
-    with selection.record_calls() as calls:
+    with dispatch.record_calls() as calls:
         for _ in range(2):
             fpn_kernels.upsample_add(*_maps())
     assert calls == [("upsample_add", "counting")] * 2
 
 
-def test_what_is_transient_is_prepared_each_time(counting: _Counting) -> None:
+def test_a_transient_plan_is_not_cached(counting: _Counting) -> None:
     counting.transient = True
     for number in (1.0, 2.0):
         assert fpn_kernels.upsample_add(*_maps()).unique().tolist() == [number]
 
 
-# ---------------------------------------------------------------------------------------- calls of one formula
+# ---------------------------------------------------------------------------------------- the calls of one formula
 
 
-def _twice_together(key: object) -> list[Tensor]:
-    with serving.together((key,)):
+def _sequenced(key: object) -> list[Tensor]:
+    with plan_cache.Sequenced((key,)):
         return [fpn_kernels.upsample_add(*_maps()), fpn_kernels.upsample_add(*_maps(layout="nhwc"))]
 
 
-def test_calls_of_a_formula_are_recalled_by_their_place(counting: _Counting) -> None:
-    numbers = [[each.unique().item() for each in _twice_together("a")] for _ in range(3)]
-    assert numbers == [[1.0, 2.0]] * 3 and (counting.prepared, counting.computed) == (2, 6)
-    serving.forget()
-    assert [each.unique().item() for each in _twice_together("a")] == [3.0, 4.0]
-    # Outside, and under another key, each is recalled by its own likeness.
+def test_plans_of_a_formula_are_found_by_position(counting: _Counting) -> None:
+    numbers = [[each.unique().item() for each in _sequenced("a")] for _ in range(3)]
+    assert numbers == [[1.0, 2.0]] * 3 and (counting.planned, counting.computed) == (2, 6)
+    plan_cache.clear()
+    assert [each.unique().item() for each in _sequenced("a")] == [3.0, 4.0]
+    # Outside, and under another key, each plan is found by its own key.
     assert fpn_kernels.upsample_add(*_maps(layout="nhwc")).unique().item() == 4.0
-    assert [each.unique().item() for each in _twice_together("b")] == [3.0, 4.0]
+    assert [each.unique().item() for each in _sequenced("b")] == [3.0, 4.0]
 
 
-def test_a_formula_with_a_transient_call_is_not_remembered(counting: _Counting) -> None:
+def test_a_formula_with_a_transient_plan_is_not_cached(counting: _Counting) -> None:
     counting.transient = True
     for expected in ([1.0, 2.0], [3.0, 4.0]):
-        assert [each.unique().item() for each in _twice_together("a")] == expected
+        assert [each.unique().item() for each in _sequenced("a")] == expected
 
 
-def test_a_formula_that_failed_is_not_remembered(counting: _Counting) -> None:
+def test_a_formula_that_failed_is_not_cached(counting: _Counting) -> None:
     top, lateral = _maps()
     for _ in range(2):
-        with pytest.raises(ValueError, match="mode"), serving.together(("a",)):
+        with pytest.raises(ValueError, match="mode"), plan_cache.Sequenced(("a",)):
             fpn_kernels.upsample_add(top, lateral)
             torch.ops.fpn_kernels.upsample_add(top, lateral, mode="cubic")
-    with serving.together(("a",)):
+    with plan_cache.Sequenced(("a",)):
         fpn_kernels.upsample_add(top, lateral)
-    assert serving.recall(("a",)) is not None and counting.prepared == 1
+    assert plan_cache.get(("a",)) is not None and counting.planned == 1
 
 
-def test_a_call_in_anothers_place_is_an_error_and_not_a_wrong_result() -> None:
+def test_a_call_in_the_place_of_another_is_an_error() -> None:
     top, lateral = _maps()
-    with serving.together(("a",)):
+    with plan_cache.Sequenced(("a",)):
         fpn_kernels.upsample_add(top, lateral)
-    with pytest.raises(AssertionError, match="output_conv in the place of upsample_add"), serving.together(("a",)):
+    with pytest.raises(AssertionError, match="output_conv> in the place of upsample_add"), plan_cache.Sequenced(("a",)):
         fpn_kernels.output_conv(lateral, torch.ones(4, 4, 3, 3))
     assert torch.equal(fpn_kernels.upsample_add(top, lateral), reference.upsample_add(top, lateral))
 
 
-def test_other_threads_have_their_own(counting: _Counting) -> None:
+def test_other_threads_have_their_own_sequence(counting: _Counting) -> None:
     """Autograd runs the formulas of several devices at once."""
-    with serving.together(("a",)):
+    with plan_cache.Sequenced(("a",)):
         fpn_kernels.upsample_add(*_maps())
         thread = threading.Thread(target=lambda: [fpn_kernels.upsample_add(*_maps()) for _ in range(3)])
         thread.start()
         thread.join()
-    assert [each.operator for each in serving.recall(("a",))] == ["upsample_add"]
+    assert [each.operator for each in plan_cache.get(("a",))] == ["upsample_add"]
 
 
 def _pathway_gradients(
@@ -222,8 +219,8 @@ def _pathway_gradients(
     return list(torch.autograd.grad([m for m, _ in used], leaves, [g for _, g in used], allow_unused=True))
 
 
-def test_what_is_remembered_of_a_backward_serves_only_its_like() -> None:
-    """Each in turn, twice: as computed with nothing remembered."""
+def test_the_cached_plans_of_a_backward_serve_only_equal_ones() -> None:
+    """Each case in turn, twice, equals its result with an empty cache."""
     nchw = [torch.randn(2, 4, *size) for size in ((8, 6), (4, 3), (2, 2))]
     nhwc = [grad.contiguous(memory_format=torch.channels_last) for grad in nchw]
     cases: list[Callable[[], list[Tensor | None]]] = [
@@ -241,15 +238,15 @@ def test_what_is_remembered_of_a_backward_serves_only_its_like() -> None:
     ]
     alone = []
     for case in cases:
-        serving.forget()
+        plan_cache.clear()
         alone.append(case())
-    serving.forget()
+    plan_cache.clear()
     for case, expected in [*zip(cases, alone, strict=True)] * 2:
         for ours, theirs in zip(case(), expected, strict=True):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
-def test_a_backward_that_is_recorded_or_observed_is_not_recalled_whole() -> None:
+def test_a_backward_with_create_graph_is_not_sequenced() -> None:
     """With create_graph its calls are differentiable ones."""
     top, lateral = (each.requires_grad_() for each in _maps())
     weight = torch.ones(4, 4, 1, 1)
@@ -259,16 +256,16 @@ def test_a_backward_that_is_recorded_or_observed_is_not_recalled_whole() -> None
         assert all(gradient.requires_grad == create_graph for gradient in gradients)
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_MOST_REMEMBERED", 5)
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_cache, "_MAX_PLANS", 5)
     top = torch.randn(1, 2, 2, 2)
     for width in range(2, 20):
         lateral = torch.randn(1, 2, 3, width)
         assert torch.equal(fpn_kernels.upsample_add(top, lateral), reference.upsample_add(top, lateral))
-        assert len(serving._remembered) <= 5
+        assert len(plan_cache._plans) <= 5
 
 
-def test_what_is_remembered_holds_on_to_no_tensor() -> None:
+def test_cached_plans_keep_no_tensor() -> None:
     def call() -> list[weakref.ref[Tensor]]:
         top, lateral = _maps()
         weight, bias, taps = torch.randn(4, 4, 1, 1), torch.randn(4), torch.randn(4, 4, 3, 3)
@@ -283,14 +280,14 @@ def test_what_is_remembered_holds_on_to_no_tensor() -> None:
 
     references = call()
     gc.collect()
-    assert len(serving._remembered) >= 6
+    assert len(plan_cache._plans) >= 6
     assert not [reference for reference in references if reference() is not None]
 
 
 def test_results_repeat_on_every_backend(target: Target) -> None:
-    """What was prepared computes with the tensors, and the gain, of the call that it serves."""
+    """A plan computes with the tensors, and the gain, of the call that it serves."""
     device = torch.device(target.device)
-    # On a GPU the products of float32 may be TF32's, which keep ten bits.
+    # On a GPU float32 products may be in TF32, with ten bits.
     tolerance = 1e-5 if device.type == "cpu" else 1e-2
     with fpn_kernels.use_backend(target.backend):
         for gain in (1.0, 0.5, 0.5):
@@ -313,30 +310,27 @@ def test_results_repeat_on_every_backend(target: Target) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_a_pathway_is_prepared_once_and_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pathway_is_planned_once_and_checked_whole() -> None:
     features = [torch.randn(1, 3, 4, 4), torch.randn(1, 5, 2, 2)]
     weights = [torch.randn(2, 3), torch.randn(2, 5, 1, 1)]
     first = fpn_kernels.top_down_pathway(features, weights)
-    prepare = fpn_kernels.operators.top_down_pathway.prepare
-    asked: list[object] = []
-    monkeypatch.setattr(fpn_kernels.operators.top_down_pathway, "prepare", lambda *a: (asked.append(a), prepare(*a))[1])
+    plans = len(plan_cache._plans)
     for mine, again in zip(first, fpn_kernels.top_down_pathway(features, weights), strict=True):
         assert torch.equal(mine, again)
-    assert not asked
+    assert len(plan_cache._plans) == plans
     with pytest.raises(ValueError, match=r"weights\[1\]: expected the shape \[Cout, 5, 1, 1\]"):
         fpn_kernels.top_down_pathway(features, [weights[0], torch.randn(2, 4)])
-    # The same tensors in all, told apart by which of them are whose.
+    # Equal tensors in another structure: the bias belongs to another level.
     bias = torch.randn(2)
     lower = fpn_kernels.top_down_pathway(features, weights, [bias, None])
     upper = fpn_kernels.top_down_pathway(features, weights, [None, bias])
     torch.testing.assert_close(lower[0], first[0] + bias.view(1, 2, 1, 1))
     torch.testing.assert_close(upper[1], first[1] + bias.view(1, 2, 1, 1))
     torch.testing.assert_close(lower[1], first[1])
-    assert len(asked) == 4
 
 
-def test_a_valid_call_lends_its_plan_to_no_other(target: Target) -> None:
-    """A weight `[8, 4, 3, 3]` is no 1x1 weight of 36 channels, though it has as many numbers in the same order."""
+def test_a_valid_call_does_not_validate_another(target: Target) -> None:
+    """A weight `[8, 4, 3, 3]` is no 1x1 weight of 36 channels, although its matrix has the same shape."""
     feature, taps = random_map((1, 36, 5, 6), torch.float32, target.device), torch.randn(8, 4, 3, 3)
     taps = taps.to(target.device)
     with fpn_kernels.use_backend(target.backend):

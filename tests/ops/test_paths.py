@@ -1,4 +1,4 @@
-"""`operators.direct`: the dispatcher is gone round only where it would do nothing; autograd is the same either way."""
+"""Paths: a call bypasses the dispatcher only where the dispatcher would do nothing, with the same autograd."""
 
 from __future__ import annotations
 
@@ -15,42 +15,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.operators import direct
+from fpn_kernels.operators import paths
+from fpn_kernels.operators.paths import CAST, DISPATCHED, KERNEL, RECORDED, STANDARD, path_of
 
 
 def _maps() -> tuple[Tensor, Tensor]:
     return torch.randn(1, 4, 3, 4), torch.randn(1, 4, 6, 8)
 
 
-def _way(*tensors: Tensor | None) -> str:
-    ways = {
-        "kernel": direct.KERNELS,
-        "autograd": direct.DIFFERENTIABLE,
-        "cast, kernel": direct.KERNELS_OF_CAST["cpu"],
-        "cast, autograd": direct.DIFFERENTIABLE_OF_CAST["cpu"],
-    }
-    taken = direct.operators(*tensors)
-    return next((name for name, way in ways.items() if way is taken), "dispatcher")
-
-
-def test_the_ways() -> None:
+def test_the_paths() -> None:
     top, lateral = _maps()
     weight = torch.nn.Parameter(torch.randn(4, 4))
-    assert _way(top, lateral) == _way(lateral, None, top) == "kernel"
-    assert _way(lateral, weight, None) == "autograd"
+    assert path_of(top, lateral) == path_of(lateral, None, top) == KERNEL
+    assert path_of(lateral, weight, None) == RECORDED
     with torch.no_grad():
-        assert _way(lateral, weight) == "kernel"
+        assert path_of(lateral, weight) == KERNEL
     with torch.inference_mode():
-        assert _way(lateral, weight) == _way(torch.randn(2)) == "kernel"
-    assert _way(torch.randn(2)) == "kernel"
+        assert path_of(lateral, weight) == path_of(torch.randn(2)) == KERNEL
+    assert path_of(torch.randn(2)) == KERNEL
     with torch.autocast("cpu", torch.bfloat16):
-        assert (_way(top, lateral), _way(lateral, weight)) == ("cast, kernel", "cast, autograd")
+        assert (path_of(top, lateral), path_of(lateral, weight)) == (CAST["cpu"][KERNEL], CAST["cpu"][RECORDED])
         with torch.no_grad():
-            assert _way(lateral, weight) == "cast, kernel"
+            assert path_of(lateral, weight) == CAST["cpu"][KERNEL]
         with torch.autocast("cpu", enabled=False):
-            assert _way(lateral, weight) == "autograd"
+            assert path_of(lateral, weight) == RECORDED
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-        assert _way(top, lateral) == "kernel"
+        assert path_of(top, lateral) == KERNEL
 
 
 class _Subclass(Tensor):
@@ -68,7 +58,7 @@ class _DispatchMode(TorchDispatchMode):
 
 
 def _profile() -> torch.profiler.profile:
-    # torch 2.11 warns of what it drops between cycles unless it is told to keep it.
+    # Without `acc_events`, torch 2.11 warns of events that it drops.
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
 
 
@@ -89,11 +79,13 @@ def _dual() -> Iterator[None]:
     [_FunctionMode, _DispatchMode, _profiled, _dual],
     ids=["function-mode", "dispatch-mode", "profiler", "forward-ad"],
 )
-def test_whoever_looks_on_is_asked(context: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+def test_an_observer_gets_the_dispatcher_or_standard_operators(
+    context: Callable[[], contextlib.AbstractContextManager[object]],
+) -> None:
     top, lateral = _maps()
     with context():
-        assert _way(top, lateral) == "dispatcher"
-    assert _way(top, lateral) == "kernel"
+        assert path_of(top, lateral) in (DISPATCHED, STANDARD)
+    assert path_of(top, lateral) == KERNEL
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -109,22 +101,22 @@ def test_whoever_looks_on_is_asked(context: Callable[[], contextlib.AbstractCont
     ],
     ids=["subclass", "negative-view", "meta", "sparse", "zero-tensor", "nested"],
 )
-def test_tensors_that_are_not_plain_are_the_dispatchers(make: Callable[[Tensor], Tensor]) -> None:
+def test_tensors_that_are_not_plain_are_dispatched(make: Callable[[Tensor], Tensor]) -> None:
     top, lateral = _maps()
-    assert _way(make(top), lateral) == _way(lateral, make(top)) == "dispatcher"
+    assert path_of(make(top), lateral) == path_of(lateral, make(top)) == DISPATCHED
 
 
-def test_a_negative_view_is_read_as_what_it_means() -> None:
+def test_a_negative_view_is_read_with_its_sign() -> None:
     top, lateral = _maps()
     merged = fpn_kernels.upsample_add(torch._neg_view(top), lateral)
     assert torch.equal(merged, reference.upsample_add(-top, lateral))
 
 
 def test_transforms_see_the_call() -> None:
-    ways: list[str] = []
+    seen_paths: list[str] = []
 
     def seen(top: Tensor) -> Tensor:
-        ways.append(_way(top))
+        seen_paths.append(path_of(top))
         return top.sum()
 
     top = torch.randn(2, 4, 3, 4)
@@ -132,7 +124,7 @@ def test_transforms_see_the_call() -> None:
     torch.func.grad(seen)(top)
     torch.fx.experimental.proxy_tensor.make_fx(seen)(top)
     torch.jit.trace(seen, (top,), check_trace=False)
-    assert ways == ["dispatcher"] * 4
+    assert {*seen_paths} <= {DISPATCHED, STANDARD} and len(seen_paths) == 4
 
 
 def test_a_profile_names_the_operator() -> None:
@@ -179,7 +171,7 @@ def _sum(result: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_the_dispatchers_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_equal_those_of_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, call = CASES[name]
     leaves = _leaves(*shapes)
 
@@ -188,21 +180,21 @@ def test_gradients_are_those_of_the_dispatchers_way(name: str, monkeypatch: pyte
         second = torch.autograd.grad(sum((each**2).sum() for each in first), leaves, allow_unused=True)
         return [each for each in (*first, *second) if each is not None]
 
-    straight = derivatives()
-    monkeypatch.setattr(direct, "_straight", lambda tensors: None)
-    by_torch = derivatives()
-    assert len(straight) == len(by_torch) > len(leaves)
-    for mine, theirs in zip(straight, by_torch, strict=True):
+    bypassing = derivatives()
+    monkeypatch.setattr(paths, "_bypass", lambda tensors: None)
+    dispatched = derivatives()
+    assert len(bypassing) == len(dispatched) > len(leaves)
+    for mine, theirs in zip(bypassing, dispatched, strict=True):
         assert oracle.error(mine, theirs) <= 1e-14
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
 @pytest.mark.parametrize("wants", [True, False], ids=["gradients", "no gradients"])
 @pytest.mark.parametrize("name", CASES)
-def test_autocast_is_that_of_the_dispatchers_way(
+def test_autocast_equals_that_of_the_dispatcher(
     name: str, wants: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit; the first tensor has the autocast dtype already, and float64 is left alone."""
+    """Bit for bit; the first tensor has the autocast dtype already, and float64 is not cast."""
     if backend not in fpn_kernels.available_backends():
         pytest.skip(f"{backend} is not here")
     shapes, call = CASES[name]
@@ -219,16 +211,16 @@ def test_autocast_is_that_of_the_dispatchers_way(
         with fpn_kernels.use_backend(backend):
             return results + (list(torch.autograd.grad(_sum(result), leaves)) if wants else [])
 
-    straight = results()
-    monkeypatch.setattr(direct, "_straight", lambda tensors: None)
-    by_torch = results()
-    assert straight[0].dtype == (torch.bfloat16 if dtype == torch.float32 and name != "reorder" else leaves[0].dtype)
-    for mine, theirs in zip(straight, by_torch, strict=True):
+    bypassing = results()
+    monkeypatch.setattr(paths, "_bypass", lambda tensors: None)
+    dispatched = results()
+    assert bypassing[0].dtype == (torch.bfloat16 if dtype == torch.float32 and name != "reorder" else leaves[0].dtype)
+    for mine, theirs in zip(bypassing, dispatched, strict=True):
         assert mine.dtype == theirs.dtype and mine.stride() == theirs.stride() and torch.equal(mine, theirs)
 
 
-def test_what_comes_after_autocast_is_cast_once_more_if_it_is_asked_inside() -> None:
-    """A backward inside the context, as some training loops have it."""
+def test_a_backward_inside_the_autocast_region() -> None:
+    """As in some training loops."""
     shapes, call = CASES["top_down_pathway"]
     leaves = [leaf.detach().float().requires_grad_() for leaf in _leaves(*shapes)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -244,7 +236,7 @@ def test_what_comes_after_autocast_is_cast_once_more_if_it_is_asked_inside() -> 
 def test_first_and_second_derivatives(name: str) -> None:
     shapes, call = CASES[name]
     leaves = _leaves(*shapes)
-    assert _way(*leaves) == "autograd"
+    assert path_of(*leaves) == RECORDED
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
 
@@ -257,13 +249,13 @@ def test_one_gradient_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         inputs = [value.clone().requires_grad_(place == wanted) for place, value in enumerate(values)]
         (mine,) = torch.autograd.grad(_sum(call(*inputs)), inputs[wanted])
         with monkeypatch.context() as patch:
-            patch.setattr(direct, "_straight", lambda tensors: None)
+            patch.setattr(paths, "_bypass", lambda tensors: None)
             (theirs,) = torch.autograd.grad(_sum(call(*inputs)), inputs[wanted])
         assert oracle.error(mine, theirs) <= 1e-14
 
 
 def test_the_same_graph_twice() -> None:
-    """What autograd keeps is left as it was after a backward, for the next one."""
+    """A backward does not change what autograd saved."""
     shapes, call = CASES["top_down_pathway"]
     leaves = _leaves(*shapes)
     total = _sum(call(*leaves))
@@ -274,6 +266,6 @@ def test_the_same_graph_twice() -> None:
         torch.autograd.grad(total, leaves)
 
 
-def test_a_torch_that_cannot_be_asked_is_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_these_functions_gets_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C, "_dispatch_keys")
-    assert direct._questions()(_maps()) is None
+    assert paths._make_bypass()(_maps()) is None

@@ -1,4 +1,4 @@
-"""Selection, `use_backend`, `available_backends`, `explain` and `python -m fpn_kernels`."""
+"""Dispatch: the order of backends, forcing, `explain`, and `python -m fpn_kernels`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import fpn_kernels
-from fpn_kernels import diagnostics
-from fpn_kernels.backends import eager, native, selection
-from fpn_kernels.backends.selection import Backend, BackendUnavailableError, Implementation
+from fpn_kernels import native
+from fpn_kernels.operators import dispatch
+from fpn_kernels.operators.dispatch import BackendUnavailableError, Implementation
+from fpn_kernels.operators.operator import OPERATORS
+from fpn_kernels.operators.output_conv import OUTPUT_CONV
+from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD, eager
+from fpn_kernels.operators.upsample_add.call import UpsampleAdd, UpsampleAddBackward
 
 TOP, LATERAL = torch.ones(1, 2, 2, 2), torch.ones(1, 2, 4, 4)
 
@@ -24,24 +30,24 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _forty_two(top: torch.Tensor, lateral: torch.Tensor, mode: str, gain: float) -> torch.Tensor:
-    return torch.full_like(lateral, 42.0)
+def _forty_two(call: UpsampleAdd) -> Tensor:
+    return torch.full_like(call.lateral, 42.0)
+
+
+def _prefer(monkeypatch: pytest.MonkeyPatch, implementation: Implementation) -> None:
+    """Add a backend "fake" of first choice that has `upsample_add`."""
+    monkeypatch.setattr(dispatch, "BACKENDS", {"fake": lambda: None, **dispatch.BACKENDS})
+    monkeypatch.setitem(UPSAMPLE_ADD.backends, "fake", implementation)
 
 
 @pytest.fixture
-def fake_backend() -> object:
+def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend of first choice that serves `upsample_add` in float32 with a wrong, recognisable result."""
 
-    def refusal(top: torch.Tensor, *_: object) -> str | None:
-        return None if top.dtype == torch.float32 else f"serves float32 only, got {top.dtype}"
+    def refusal(call: UpsampleAdd) -> str | None:
+        return None if call.top.dtype == torch.float32 else f"serves float32 only, got {call.top.dtype}"
 
-    implementation = Implementation(selection.unprepared(_forty_two), refusal)
-    previous = dict(selection._registry)
-    selection._registry.clear()
-    selection.register(Backend("fake", lambda: None, {"upsample_add": implementation}))
-    selection._registry.update(previous)
-    yield
-    selection._registry.pop("fake")
+    _prefer(monkeypatch, Implementation(lambda call: _forty_two, refusal))
 
 
 def test_eager_is_here_and_last() -> None:
@@ -50,7 +56,7 @@ def test_eager_is_here_and_last() -> None:
 
 @pytest.mark.usefixtures("fake_backend")
 def test_the_first_backend_that_does_not_refuse_serves() -> None:
-    with selection.record_calls() as calls:
+    with dispatch.record_calls() as calls:
         assert float(fpn_kernels.upsample_add(TOP, LATERAL)[0, 0, 0, 0]) == 42
         fpn_kernels.upsample_add(TOP.double(), LATERAL.double())
     assert calls[0] == ("upsample_add", "fake") and calls[1][1] != "fake"
@@ -66,7 +72,7 @@ def test_a_forced_backend_that_refuses_raises_with_its_reason() -> None:
 @pytest.mark.usefixtures("fake_backend")
 def test_a_forced_backend_leaves_the_operators_it_does_not_have_to_eager() -> None:
     with fpn_kernels.use_backend("fake"):
-        with selection.record_calls() as calls:
+        with dispatch.record_calls() as calls:
             fpn_kernels.lateral_connection(LATERAL, torch.ones(2, 2))
         explanation = fpn_kernels.explain("lateral_connection", LATERAL, torch.ones(2, 2))
     assert calls == [("lateral_connection", "eager")]
@@ -74,32 +80,29 @@ def test_a_forced_backend_leaves_the_operators_it_does_not_have_to_eager() -> No
     assert explanation.refusals == {"fake": "has no implementation of lateral_connection"}
 
 
-def _preferring(memory_format: torch.memory_format | None) -> Implementation:
-    return Implementation(lambda *_: None, lambda *_: None, lambda device_type, dtype: memory_format)
-
-
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
         ({"first": torch.channels_last, "second": torch.contiguous_format}, torch.channels_last),
-        ({"first": None, "second": torch.channels_last}, torch.channels_last),  # serves other devices
-        ({"first": torch.preserve_format, "second": torch.channels_last}, torch.preserve_format),  # serves, either way
+        ({"first": None, "second": torch.channels_last}, torch.channels_last),  # the first serves other devices
+        ({"first": torch.preserve_format, "second": torch.channels_last}, torch.preserve_format),  # either layout
         ({"absent": torch.channels_last, "second": torch.contiguous_format}, torch.contiguous_format),
         ({}, torch.preserve_format),
     ],
 )
-def test_the_layout_asked_for_is_that_of_the_backend_that_would_serve(
+def test_the_fastest_layout_is_that_of_the_backend_that_would_serve(
     answers: dict[str, torch.memory_format | None], expected: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "_registry", {"eager": selection._registry["eager"]})
+    reasons = {name: (lambda name=name: "not here" if name == "absent" else None) for name in answers}
+    monkeypatch.setattr(dispatch, "BACKENDS", {**reasons, "eager": dispatch.BACKENDS["eager"]})
     ours = {
-        name: Backend(name, lambda name=name: "not here" if name == "absent" else None, {"conv": _preferring(answer)})
+        name: Implementation(lambda call: _forty_two, fastest_format=lambda kind, dtype, answer=answer: answer)
         for name, answer in answers.items()
     }
-    monkeypatch.setattr(selection, "_registry", {**ours, **selection._registry})
-    assert selection.fastest_format("conv", "cpu", torch.float32) == expected
+    monkeypatch.setattr(OUTPUT_CONV, "backends", {**ours, "eager": OUTPUT_CONV.backends["eager"]})
+    assert dispatch.fastest_format(OUTPUT_CONV, "cpu", torch.float32) == expected
     with fpn_kernels.use_backend("eager"):
-        assert selection.fastest_format("conv", "cpu", torch.float32) == torch.preserve_format
+        assert dispatch.fastest_format(OUTPUT_CONV, "cpu", torch.float32) == torch.preserve_format
 
 
 @pytest.mark.usefixtures("fake_backend")
@@ -113,28 +116,25 @@ def test_use_backend_nests_and_gives_back() -> None:
     assert not fpn_kernels.explain("upsample_add", TOP, LATERAL).forced
 
 
-def test_what_is_only_forced_is_passed_over_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_opt_in_call_is_passed_over_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     implementation = Implementation(
-        selection.unprepared(_forty_two),
-        lambda top, *_: None if top.dtype == torch.float32 else "serves float32 only",
-        only_forced=lambda top, *_: "nobody has measured it" if top is TOP else None,
+        lambda call: _forty_two,
+        lambda call: None if call.top.dtype == torch.float32 else "serves float32 only",
+        lambda call: "not measured" if call.top is TOP else None,
         optional=True,
     )
-    others = dict(selection._registry)
-    monkeypatch.setattr(
-        selection, "_registry", {"fake": Backend("fake", lambda: None, {"upsample_add": implementation}), **others}
-    )
+    _prefer(monkeypatch, implementation)
     explanation = fpn_kernels.explain("upsample_add", TOP, LATERAL)
     assert explanation.backend != "fake"
-    assert explanation.refusals["fake"] == "opt-in: nobody has measured it"
+    assert explanation.refusals["fake"] == "opt-in: not measured"
     assert fpn_kernels.explain("upsample_add", TOP.clone(), LATERAL).backend == "fake"
     with fpn_kernels.use_backend("fake"):
         assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"
         assert float(fpn_kernels.upsample_add(TOP, LATERAL)[0, 0, 0, 0]) == 42
-        # What it refuses even so is eager's, as it would be without an implementation.
+        # Eager serves what the forced backend refuses, because the implementation is optional.
         refused = fpn_kernels.explain("upsample_add", TOP.double(), LATERAL.double())
         assert (refused.backend, refused.refusals) == ("eager", {"fake": "serves float32 only"})
-    # What it cannot compute is the reason that is shown, also where it is not forced.
+    # A refusal precedes opt-in, also where the backend is not forced.
     assert fpn_kernels.explain("upsample_add", TOP.double(), LATERAL.double()).refusals["fake"] == "serves float32 only"
 
 
@@ -148,7 +148,7 @@ def test_use_backend_without_a_block_holds_until_changed() -> None:
 
 
 def test_the_forced_backend_holds_in_other_threads() -> None:
-    """As autograd's own threads are: a choice that the backward did not see would be no choice."""
+    """Autograd runs the backward of CUDA tensors in threads of its own."""
     seen: list[bool] = []
     with fpn_kernels.use_backend("eager"):
         thread = threading.Thread(target=lambda: seen.append(fpn_kernels.explain("upsample_add", TOP, LATERAL).forced))
@@ -162,27 +162,26 @@ def test_unknown_and_absent_backends_are_named(monkeypatch: pytest.MonkeyPatch) 
         fpn_kernels.use_backend("cuda")
     with pytest.raises(TypeError, match="name: expected a backend's name or None, got int"):
         fpn_kernels.use_backend(3)  # type: ignore[arg-type]
-    absent = Backend("absent", lambda: "no such hardware", {})
-    monkeypatch.setitem(selection._registry, "absent", absent)
+    monkeypatch.setitem(dispatch.BACKENDS, "absent", lambda: "no such hardware")
     with pytest.raises(BackendUnavailableError, match="name: backend 'absent' is not available here: no such hardware"):
         fpn_kernels.use_backend("absent")
     assert "absent" not in fpn_kernels.available_backends()
-    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "absent")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "absent")
     with pytest.raises(ValueError, match="FPN_KERNELS_BACKEND: backend 'absent' is not available here"):
         fpn_kernels.upsample_add(TOP, LATERAL)
 
 
 @pytest.mark.usefixtures("fake_backend")
 def test_the_environment_variable_forces_and_use_backend_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "eager")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "eager")
     assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "eager"
     with fpn_kernels.use_backend("fake"):
         assert fpn_kernels.explain("upsample_add", TOP, LATERAL).backend == "fake"
 
 
 @pytest.mark.usefixtures("fake_backend")
-def test_explain_says_who_serves_and_why_not_the_others() -> None:
-    with selection.record_calls() as calls:
+def test_explain_names_the_backend_and_the_refusals() -> None:
+    with dispatch.record_calls() as calls:
         explanation = fpn_kernels.explain(fpn_kernels.upsample_add, TOP.double(), LATERAL.double(), gain=0.5)
     assert calls == [], "nothing is computed"
     assert explanation.refusals["fake"] == "serves float32 only, got torch.float64"
@@ -191,7 +190,7 @@ def test_explain_says_who_serves_and_why_not_the_others() -> None:
     )
 
 
-def test_explain_goes_the_whole_way_of_the_call() -> None:
+def test_explain_checks_the_call() -> None:
     with pytest.raises(ValueError, match="mode: expected one of"):
         fpn_kernels.explain("upsample_add", TOP, LATERAL, mode="cubic")
     with pytest.raises(TypeError, match="top: expected the dtype of lateral"):
@@ -207,20 +206,20 @@ def test_explain_goes_the_whole_way_of_the_call() -> None:
     assert merge.operator == "weighted_merge"
     # One that is made of others where no backend has it as a whole.
     pathway = fpn_kernels.explain("top_down_pathway", [LATERAL, TOP], [torch.ones(2, 2)] * 2)
-    assert pathway.backend == "composition: one lateral_connection a level"
+    assert pathway.backend == "composition: one lateral_connection per level"
     assert pathway.refusals["eager"] == "has no implementation of top_down_pathway"
     assert "nothing to launch" in fpn_kernels.explain("upsample_add", TOP[:0], LATERAL[:0]).backend
 
 
-def test_a_library_that_does_not_load_keeps_its_first_error(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "_native.so"  # type: ignore[operator]
+def test_a_library_that_does_not_load_keeps_its_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "_native.so"
     broken.write_bytes(b"\x7fELF and nothing more")
     monkeypatch.setattr(native, "LIBRARY", broken)
     native.load_error.cache_clear()
     try:
         assert "would not load" in str(native.load_error())
         assert "_native.so" in str(native.load_error())
-        monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")  # type: ignore[operator]
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
         native.load_error.cache_clear()
         assert str(native.load_error()).startswith("the compiled library was not built")
     finally:
@@ -235,7 +234,7 @@ def test_importing_needs_no_triton_and_compiles_nothing() -> None:
         "import torch, fpn_kernels\n"
         "assert 'triton' not in [m for m, v in sys.modules.items() if v is not None]\n"
         "print(fpn_kernels.upsample_add(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2)).sum().item())\n"
-        "print(dict((b.name, b.unavailable()) for b in fpn_kernels.backends.selection.backends())['triton'])\n"
+        "print(fpn_kernels.operators.dispatch.BACKENDS['triton']())\n"
     )
     run = _python(code, TRITON_INTERPRET="0")
     assert run.returncode == 0, run.stderr
@@ -258,30 +257,16 @@ def test_importing_imports_nothing_of_the_compiler() -> None:
     assert "fpn_kernels" in imported and not {"sympy", "torch._dynamo", "torch._inductor"} & set(imported)
 
 
-def test_the_operators_appear_once() -> None:
+def test_the_operators_are_registered_once() -> None:
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fpn_kernels::")]
-    assert sorted(names) == sorted(set(names))
-    assert {name.split("::")[1] for name in names} == {
-        "upsample_add",
-        "upsample_add_backward",
-        "lateral_connection",
-        "merge_backward",
-        "top_down_pathway",
-        "weighted_merge",
-        "weighted_merge_backward",
-        "output_conv",
-        "output_conv_levels",
-        "output_conv_backward_weight",
-        "reorder",
-        "channel_sums",
-    }
+    assert sorted(names) == sorted(set(names)) == sorted(f"fpn_kernels::{name}" for name in OPERATORS)
 
 
 def test_the_report_names_versions_devices_and_who_serves() -> None:
     run = subprocess.run([sys.executable, "-m", "fpn_kernels"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert f"torch        {torch.__version__}" in run.stdout
-    for operator in diagnostics.OPERATORS:
+    for operator in OPERATORS:
         assert f"{operator}: served by" in run.stdout
     assert "native" in run.stdout and "triton" in run.stdout and "cpu: " in run.stdout
 
@@ -293,12 +278,36 @@ def test_the_report_shows_a_forced_backend_that_refuses() -> None:
     assert "FPN_KERNELS_BACKEND: expected one of" in run.stdout
 
 
+def test_explain_names_who_records_the_gradient() -> None:
+    top = TOP.clone().requires_grad_()
+    explanation = fpn_kernels.explain("upsample_add", top, LATERAL)
+    assert explanation.gradient == "one node of this library" and "gradient: one node" in str(explanation)
+    assert fpn_kernels.explain("upsample_add", TOP, LATERAL).gradient == ""
+    with torch.no_grad():
+        assert fpn_kernels.explain("upsample_add", top, LATERAL).gradient == ""
+
+
+def test_explain_reads_the_kernel_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(call: UpsampleAdd) -> object:
+        def run(call: UpsampleAdd) -> Tensor:
+            raise AssertionError("nothing is computed")
+
+        run.kernel = lambda: f"rows of {call.lateral.shape[3]}"  # type: ignore[attr-defined]
+        return run
+
+    _prefer(monkeypatch, Implementation(plan))  # type: ignore[arg-type]
+    assert fpn_kernels.explain("upsample_add", TOP, LATERAL).kernel == "rows of 4"
+
+
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
 def test_eager_has_an_adjoint_of_its_own_where_aten_has_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that CUDA takes at uneven sizes (ATen's CUDA backward is not exact there), shown on the CPU."""
     for before, after in [((3, 5), (7, 10)), ((30, 2), (58, 141)), ((1, 1), (5, 4)), ((9, 8), (4, 3))]:
         grad = torch.randn(2, 3, *after, dtype=torch.float64)
-        expected = eager.upsample_add_backward(grad, before, mode, 0.7)
+        call = UpsampleAddBackward(grad, before, mode, 0.7)
+        expected = eager.upsample_add_backward(call)
         with monkeypatch.context() as patch:
             patch.setattr(eager, "_aten_adjoint_is_exact", lambda *_: False)
-            torch.testing.assert_close(eager.upsample_add_backward(grad, before, mode, 0.7), expected)
+            torch.testing.assert_close(
+                eager.upsample_add_backward(UpsampleAddBackward(grad, before, mode, 0.7)), expected
+            )
