@@ -1,4 +1,4 @@
-"""What goes wrong in an installation: each fault ends in a working fallback, or in a message that names the cure."""
+"""Faults of an installation: each ends in a working fallback, or in a message that names the cure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import pytest
 import torch
 
 import fpn_kernels
-from fpn_kernels import compatibility, diagnostics
-from fpn_kernels.backends import library_file, native
-from fpn_kernels.backends.triton import eligibility
+from fpn_kernels import compatibility, diagnostics, library_file, native
+from fpn_kernels.gpu import availability
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILT = pytest.mark.skipif(not native.LIBRARY.is_file(), reason="the compiled library was not built")
 
-# A merge through the public function, and who served it.
+# A merge through the public function, and the backend that served it.
 SMOKE = (
     "import torch, fpn_kernels\n"
     "merged = fpn_kernels.upsample_add(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 6, 6))\n"
@@ -57,7 +56,7 @@ def _elf(segments_end: int, sections_end: int) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 3, 63, 64, 119, 120, 500, 999])
 @pytest.mark.parametrize(("segments_end", "sections_end"), [(1000, 640), (640, 1000)])
-def test_a_library_shorter_than_its_header_says_is_told_before_it_is_loaded(
+def test_a_library_shorter_than_its_header_is_refused(
     segments_end: int, sections_end: int, size: int, tmp_path: pathlib.Path
 ) -> None:
     whole = _elf(segments_end, sections_end).ljust(1000, b"\0")
@@ -68,14 +67,14 @@ def test_a_library_shorter_than_its_header_says_is_told_before_it_is_loaded(
     assert str(library_file.fault(path)).startswith("it is cut short: ")
 
 
-def test_a_file_that_is_no_library_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_file_that_is_no_library_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "_native.so"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
     assert "no shared library of 64-bit Linux" in str(library_file.fault(path))
 
 
 @BUILT
-def test_the_library_that_was_built_is_whole() -> None:
+def test_the_built_library_is_whole() -> None:
     assert library_file.fault(native.LIBRARY) is None
 
 
@@ -125,7 +124,7 @@ def test_a_library_in_a_folder_that_may_not_be_entered_is_named(monkeypatch: pyt
 
 @BUILT
 def test_a_library_of_an_earlier_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(native._IMPLEMENTATIONS, "of_tomorrow", native._IMPLEMENTATIONS["upsample_add"])
+    monkeypatch.setattr(native, "_KERNELS", (*native._KERNELS, "of_tomorrow"))
     native.load_error.cache_clear()
     try:
         assert "is of another version: it has no of_tomorrow; `make build`" in str(native.load_error())
@@ -164,7 +163,7 @@ def test_importing_under_an_old_torch_raises_nothing_else() -> None:
     assert "pip install 'torch>=2.10'" in last
 
 
-def test_what_is_asked_for_is_what_the_metadata_says() -> None:
+def test_the_oldest_torch_is_that_of_the_metadata() -> None:
     needed = ".".join(map(str, compatibility.OLDEST_TORCH))
     assert f'dependencies = ["torch>={needed}"]' in (ROOT / "pyproject.toml").read_text()
 
@@ -172,20 +171,20 @@ def test_what_is_asked_for_is_what_the_metadata_says() -> None:
 @pytest.fixture
 def bare(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     """A machine with a GPU and Triton, without C compilers on the PATH, and a cache of Triton's that is empty."""
-    monkeypatch.setattr(eligibility, "_triton_version", lambda: "3.7.0")
-    monkeypatch.setattr(eligibility, "INTERPRETED", False)
+    monkeypatch.setattr(availability, "_triton_version", lambda: "3.7.0")
+    monkeypatch.setattr(availability, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(eligibility.sysconfig, "get_path", lambda name, scheme: str(tmp_path / "include"))
+    monkeypatch.setattr(availability.sysconfig, "get_path", lambda name, scheme: str(tmp_path / "include"))
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "Python.h").touch()
-    monkeypatch.setattr(eligibility, "_import_error", lambda: None)
-    eligibility._cannot_build.cache_clear()
+    monkeypatch.setattr(availability, "_import_error", lambda: None)
+    availability._cannot_build.cache_clear()
     yield tmp_path
-    eligibility._cannot_build.cache_clear()
+    availability._cannot_build.cache_clear()
 
 
 def _with_gcc(place: pathlib.Path) -> None:
@@ -196,39 +195,39 @@ def _with_gcc(place: pathlib.Path) -> None:
 
 def test_triton_without_a_c_compiler_is_passed_over_and_says_so(bare: pathlib.Path) -> None:
     """It would fail at its first launch, in the middle of a network."""
-    assert "needs a C compiler to launch kernels: install gcc or clang, or set CC" in str(eligibility.unavailable())
+    assert "needs a C compiler to launch kernels: install gcc or clang, or set CC" in str(availability.unavailable())
     assert "triton" not in fpn_kernels.available_backends()
 
 
 def test_triton_with_a_c_compiler_serves(bare: pathlib.Path) -> None:
     _with_gcc(bare)
-    assert eligibility.unavailable() is None
+    assert availability.unavailable() is None
 
 
 def test_triton_without_the_headers_of_python_says_so(bare: pathlib.Path) -> None:
     _with_gcc(bare)
     (bare / "include" / "Python.h").unlink()
-    assert f"{bare}/include/Python.h is not there" in str(eligibility.unavailable())
+    assert f"{bare}/include/Python.h is not there" in str(availability.unavailable())
 
 
 def test_triton_needs_no_compiler_where_it_has_compiled_before(bare: pathlib.Path) -> None:
     (bare / "cache" / "ABC").mkdir(parents=True)
     (bare / "cache" / "ABC" / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
-    assert eligibility.unavailable() is None
+    assert availability.unavailable() is None
 
 
-def test_a_compiler_that_is_named_is_tritons_matter(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_in_cc_is_not_checked(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/opt/some/compiler")
-    assert eligibility.unavailable() is None
+    assert availability.unavailable() is None
 
 
-def test_what_the_checks_may_not_read_is_not_there(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_counts_as_missing(bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pathlib` asks of a folder that may not be entered by raising; root may enter all, hence a link to itself."""
     (bare / "loop").symlink_to(bare / "loop")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(bare / "loop" / "cache"))
-    monkeypatch.setattr(eligibility.sysconfig, "get_path", lambda name, scheme: str(bare / "loop" / "include"))
+    monkeypatch.setattr(availability.sysconfig, "get_path", lambda name, scheme: str(bare / "loop" / "include"))
     _with_gcc(bare)
-    assert "Python.h is not there" in str(eligibility.unavailable())
+    assert "Python.h is not there" in str(availability.unavailable())
 
 
 # Takes an installed Triton out of sight.
@@ -247,7 +246,7 @@ _STUBS = {
 
 
 @pytest.mark.parametrize("what", _STUBS)
-def test_what_is_only_called_triton_is_named_and_the_others_serve(what: str, tmp_path: pathlib.Path) -> None:
+def test_a_stub_of_triton_is_named_and_the_others_serve(what: str, tmp_path: pathlib.Path) -> None:
     """Interpreted, so that nothing else is missing on a machine without a GPU."""
     code = (
         f"import os, sys, types, unittest.mock\n{_STUBS[what]}\n{SMOKE}"
@@ -276,8 +275,8 @@ def test_a_version_that_is_no_number_is_not_too_old(
     version: str, reason: str | None, bare: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _with_gcc(bare)
-    monkeypatch.setattr(eligibility, "_triton_version", lambda: version)
-    assert eligibility.unavailable() == reason
+    monkeypatch.setattr(availability, "_triton_version", lambda: version)
+    assert availability.unavailable() == reason
 
 
 @pytest.mark.parametrize("answer", [None, KeyError("Version"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")])
@@ -289,7 +288,7 @@ def test_metadata_that_cannot_be_read_are_none(answer: Exception | None, monkeyp
 
     monkeypatch.setattr(compatibility.importlib.metadata, "version", version)
     assert compatibility.version_of("triton") is None
-    assert eligibility._triton_version.__wrapped__() in ("", None)
+    assert availability._triton_version.__wrapped__() in ("", None)
     assert "triton       not installed" in diagnostics.report()
 
 
@@ -303,7 +302,7 @@ FORGOTTEN = "for name in [n for n in sys.modules if n.partition('.')[0] == 'fpn_
     [
         FORGOTTEN + "import fpn_kernels\n",
         FORGOTTEN + "sys.path.insert(0, sys.argv[1])\nimport fpn_kernels\n",
-        "importlib.reload(sys.modules['fpn_kernels.operators.registration'])\n",
+        "importlib.reload(sys.modules['fpn_kernels.operators.operator'])\n",
     ],
     ids=["forgotten", "another copy", "reloaded"],
 )
@@ -372,7 +371,7 @@ def test_a_cache_on_a_read_only_disk_is_one_warning_and_no_failure(tmp_path: pat
     pytest.importorskip("triton", reason="Triton is not installed")
     code = READ_ONLY + (
         "import warnings\n"
-        "from fpn_kernels.backends.triton import autotune\n"
+        "from fpn_kernels.gpu import autotune\n"
         "autotune._device_name = lambda tensor: 'Some GPU'\n"
         "autotune.milliseconds = lambda run: run() or 1.0\n"
         "runs = []\n"
@@ -389,5 +388,5 @@ def test_a_cache_on_a_read_only_disk_is_one_warning_and_no_failure(tmp_path: pat
     assert run.stdout.count("Read-only file system") == 1 and "it is ignored" in run.stdout
 
 
-def test_this_torch_is_one_that_is_served() -> None:
+def test_this_torch_is_supported() -> None:
     compatibility.require_torch(torch.__version__)
