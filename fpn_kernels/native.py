@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,19 @@ _CURE = "`make build`, or `pip install --no-build-isolation .`, builds it"
 
 # The number of each mode in the library.
 MODE_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
-# The kernels that a library of this version has.
-_KERNELS = (
-    *("upsample_add", "upsample_add_backward", "merge_backward", "lateral_connection", "output_conv"),
-    *("output_conv_backward_weight", "weighted_merge", "weighted_merge_backward", "reorder"),
-)
+# The kernels that the package calls: a library without one of them is of another version.
+_KERNELS: list[str] = []
+
+
+def kernel(name: str) -> Callable[[], Callable[..., Any]]:
+    """Declare a kernel of the library, before it is loaded; returns a function that looks it up."""
+    _KERNELS.append(name)
+
+    def look_up() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(torch.ops.fpn_kernels_native, name).default
+        return found
+
+    return look_up
 
 
 @functools.cache

@@ -139,7 +139,7 @@ def _read(path: pathlib.Path) -> dict[str, str]:
 
 
 def _write(path: pathlib.Path, key: str, answer: str) -> None:
-    """Add an answer to the file, and keep those that other processes have added; a reader sees the old or the new file."""
+    """Add an answer to those that other processes have written; a reader sees the old or the new file."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import torch
 
 from fpn_kernels import native
 from fpn_kernels.gpu import availability
+from fpn_kernels.operators import evidence
 
 if TYPE_CHECKING:
     from fpn_kernels.operators.operator import Operator
@@ -45,10 +46,6 @@ def _no_preference(device_type: str, dtype: torch.dtype) -> torch.memory_format:
     return torch.preserve_format
 
 
-def _no_text(call: Any) -> str:
-    return ""
-
-
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One operator on one backend.  Every function takes the operator's call record, unless stated otherwise.
@@ -64,7 +61,7 @@ class Implementation:
             fastest, `torch.preserve_format` where that does not matter or is unknown, or None for a device that the
             backend does not serve.
         optional: whether eager serves the calls that the forced backend refuses; otherwise they raise.
-        evidence: returns, in one line, the measurement or the argument for which the backend serves the call.
+        note: the evidence of an implementation that is not ours, in one line.
     """
 
     plan: Callable[[Any], Callable[[Any], Any]]
@@ -72,7 +69,7 @@ class Implementation:
     opt_in: Callable[[Any], str | None] = _no_refusal
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
     optional: bool = False
-    evidence: Callable[[Any], str] = _no_text
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Composition:
 
 def eager(run: Callable[[Any], Any], note: str = "") -> Implementation:
     """The implementation by plain PyTorch, which has nothing to plan."""
-    return Implementation(lambda call: run, evidence=lambda call: f"PyTorch's own operators{note}")
+    return Implementation(lambda call: run, note=f"PyTorch's own operators{note}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,12 +305,12 @@ def select(operator: Operator[Any], call: Any) -> tuple[Implementation | None, E
         if reason is None:
             chosen = operator.backends[name]
             reason = chosen.opt_in(call)
-            evidence = f"none, it is opt-in: {reason}" if reason else chosen.evidence(call)
-            return chosen, Explanation(operator.name, name, refusals, forced, evidence)
+            text = f"none, it is opt-in: {reason}" if reason else chosen.note or evidence.of(name, operator.name, call)
+            return chosen, Explanation(operator.name, name, refusals, forced, text)
         refusals[name] = reason
     if operator.compose is not None:
-        evidence = "each of these calls is selected by itself"
-        return None, Explanation(operator.name, f"composition: {operator.compose.of}", refusals, forced, evidence)
+        text = "each of these calls is selected by itself"
+        return None, Explanation(operator.name, f"composition: {operator.compose.of}", refusals, forced, text)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
     raise BackendUnavailableError(f"{operator.name}: no backend serves this call ({reasons})")
 

@@ -1,16 +1,17 @@
 """Why a backend serves a call: a run in benchmarks/results, or an argument where no run has such a call.
 
 A figure is the lowest and the highest ratio to eager over the rows of a run that an operator served, on the device.
-A backward operator is timed with its forward.  `tests/test_evidence.py` reads the same figures from the runs.
+A backward operator is timed with its forward.  `tests/ops/test_evidence.py` reads the same figures from the runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fpn_kernels import native
 
 Range = tuple[float, float]
 _HALVES = (torch.float16, torch.bfloat16)
@@ -61,54 +62,42 @@ ROWS = {
     "output_conv_backward_weight": ("output_conv", "forward+backward"),
 }
 
-_ARGUMENTS = {
-    "upsample_add": "by bytes: one pass where PyTorch takes two",
-    "upsample_add_backward": "by bytes: the gradient is read once, also at ratios where PyTorch's own is not exact",
-    "lateral_connection": "by bytes: one pass for product, bias and merge, where PyTorch takes up to four",
-    "product": "by operations: a product of as many operations as PyTorch's",
-    "merge_backward": "by bytes: the gradient is read once for top and bias, where PyTorch reads it twice",
-    "channel_sums": "by bytes: one read, with the partial sums that merge_backward was measured with",
-    "weighted_merge": "by bytes: one pass where PyTorch takes one per product, resize and sum",
-    "weighted_merge_backward": "by bytes: one pass where PyTorch takes three",
-    "output_conv": "by operations: Winograd's 16 products where the plain sum has 36, or PyTorch's own convolution",
-    "output_conv_backward_weight": "by operations: as the convolution's, or PyTorch's own gradient",
-    "reorder": "by bytes: one pass, as PyTorch's copy",
-}
+
+def of(backend: str, operator: str, call: Any) -> str:
+    """The measurement or the argument for which a backend serves a call, in one line."""
+    first = call[0] if isinstance(call[0], Tensor) else call[0][0]
+    # Without bias and top nothing is merged: the gradient of a feature is such a call.
+    alone = operator == "lateral_connection" and call.bias is None and call.top is None
+    name, mode = "product" if alone else operator, getattr(call, "mode", None)
+    measured = _on_gpu(backend, name, first, mode) if first.device.type == "cuda" else _on_cpu(name, first, mode)
+    if measured is not None:
+        return measured
+    return f"argued {call.argument()}; not measured for {_kind(first, mode)}"
 
 
-def of(backend: str, operator: str) -> Callable[[Any], str]:
-    """`dispatch.Implementation.evidence` of an operator on a backend."""
-
-    def evidence(call: Any) -> str:
-        first = call[0] if isinstance(call[0], Tensor) else call[0][0]
-        # Without bias and top nothing is merged: the gradient of a feature is such a call.
-        alone = operator == "lateral_connection" and call.bias is None and call.top is None
-        on_device = _on_gpu if first.device.type == "cuda" else _on_cpu
-        return on_device(backend, "product" if alone else operator, first, getattr(call, "mode", None))
-
-    return evidence
-
-
-def _on_gpu(backend: str, name: str, tensor: Tensor, mode: str | None) -> str:
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+def _on_gpu(backend: str, name: str, tensor: Tensor, mode: str | None) -> str | None:
     layout = _layout(tensor)
     figures = GPU.get((backend, name), {}).get(layout)
-    here = major == GPU_CAPABILITY[0] and mode in (None, "nearest") and tensor.dtype in _HALVES
-    if here and figures is not None:
-        also = "; float16 has the same sizes and rates" if tensor.dtype == torch.float16 else ""
-        return _measured(GPU_RUN, name, figures) + f" in {layout}{also}"
-    return _argued(name, tensor, mode, f"in {layout} on compute capability {major}.{minor}")
+    here = (
+        torch.cuda.get_device_capability(tensor.device)[0] == GPU_CAPABILITY[0]
+        and mode in (None, "nearest")
+        and tensor.dtype in _HALVES
+    )
+    if not here or figures is None:
+        return None
+    also = "; float16 has the same sizes and rates" if tensor.dtype == torch.float16 else ""
+    return _measured(GPU_RUN, name, figures) + f" in {layout}{also}"
 
 
-def _on_cpu(backend: str, name: str, tensor: Tensor, mode: str | None) -> str:
+def _on_cpu(name: str, tensor: Tensor, mode: str | None) -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     run = capability if tensor.dtype == torch.float32 else None
-    if tensor.dtype == torch.bfloat16 and torch.ops.fpn_kernels_native.multiplies_by_tiles.default():
+    if native.multiplies_by_tiles(tensor.dtype):
         run = "AMX"
     figures = CPU.get(name, {}).get(run or "")
-    if run is not None and figures is not None and mode in (None, "nearest"):
-        return _measured(CPU_RUNS[run], name, figures)
-    return _argued(name, tensor, mode, f"on {capability}")
+    if run is None or figures is None or mode not in (None, "nearest"):
+        return None
+    return _measured(CPU_RUNS[run], name, figures)
 
 
 def _layout(tensor: Tensor) -> str:
@@ -123,6 +112,9 @@ def _measured(run: str, name: str, figures: Range) -> str:
     return f"measured on {run}: {with_forward}{low if low == high else f'{low} to {high}'} eager"
 
 
-def _argued(name: str, tensor: Tensor, mode: str | None, where: str) -> str:
+def _kind(tensor: Tensor, mode: str | None) -> str:
     kind = str(tensor.dtype).removeprefix("torch.") + (f", {mode}" if mode else "")
-    return f"argued {_ARGUMENTS[name]}; not measured for {kind} {where}"
+    if tensor.device.type != "cuda":
+        return f"{kind} on {torch.backends.cpu.get_cpu_capability()}"
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return f"{kind} in {_layout(tensor)} on compute capability {major}.{minor}"

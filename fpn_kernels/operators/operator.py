@@ -47,6 +47,9 @@ class Record(Protocol):
     def empty(self) -> Any:
         """The result where there is nothing to compute (an empty batch, say), else None."""
 
+    def argument(self) -> str:
+        """Why a kernel is expected to beat eager PyTorch, for calls without a measurement."""
+
     def __iter__(self) -> Any: ...
 
     def __len__(self) -> int: ...

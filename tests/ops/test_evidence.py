@@ -20,7 +20,6 @@ from fpn_kernels.operators import dispatch, evidence
 from fpn_kernels.operators.dispatch import Implementation
 from fpn_kernels.operators.lateral_connection import LATERAL_CONNECTION, eager
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
-from fpn_kernels.operators.operator import OPERATORS
 from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD
 from fpn_kernels.operators.upsample_add.call import UpsampleAdd
 
@@ -69,15 +68,6 @@ def test_the_cpu_figures_are_those_of_the_runs() -> None:
             served = [r for r in rows if (r.operator, r.direction, r.dtype) == (*_row(name), dtype)]
             ratios = [records.ratio_to_eager(r, None, r.clock) for r in served if r.provider == "fpn_kernels"]
             assert _range([ratio for ratio in ratios if ratio is not None]) == by_run[run], (name, run)
-
-
-def test_every_operator_of_a_backend_has_evidence() -> None:
-    for operator in OPERATORS.values():
-        for backend, implementation in operator.backends.items():
-            assert implementation.evidence is not Implementation.evidence, (backend, operator)
-    argued = {*evidence._ARGUMENTS}
-    assert {name for _, name in evidence.GPU} - {"top_down_pathway", "output_conv_levels"} <= argued
-    assert {name for name, operator in OPERATORS.items() if "native" in operator.backends} <= argued
 
 
 @pytest.mark.skipif(native.load_error() is not None, reason="the compiled library was not built")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import Launch
 from fpn_kernels.gpu.tiles import TileConfig, fitting
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.channel_sums.call import ChannelSums
 from fpn_kernels.operators.upsample_add.triton_backward import reduction
 
@@ -85,6 +85,4 @@ def _plan(call: ChannelSums) -> Callable[[ChannelSums], Tensor]:
     return run
 
 
-CHANNEL_SUMS = dispatch.Implementation(
-    autotune.planned(_plan), _refusal, _opt_in, optional=True, evidence=evidence.of("triton", "channel_sums")
-)
+CHANNEL_SUMS = dispatch.Implementation(autotune.planned(_plan), _refusal, _opt_in, optional=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.lateral_connection import cpu, eager, gradient, triton
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 from fpn_kernels.operators.operator import Gradient, Operator
@@ -29,7 +29,7 @@ LATERAL_CONNECTION = Operator(
     "str mode='nearest', float gain=1.0, MemoryFormat? memory_format=None) -> Tensor",
     LateralConnection,
     {
-        "native": dispatch.Implementation(cpu.plan, cpu.refusal, evidence=evidence.of("native", "lateral_connection")),
+        "native": cpu.LATERAL_CONNECTION,
         "triton": triton.LATERAL_CONNECTION,
         "eager": dispatch.eager(
             eager.lateral_connection, "; on CUDA with one merge by the backend that serves upsample_add"

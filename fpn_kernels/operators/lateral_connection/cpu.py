@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import native
-from fpn_kernels.operators import aten, reorder
+from fpn_kernels.operators import aten, dispatch, reorder
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 from fpn_kernels.operators.layouts import allocate, allocator, result_format
+
+_LATERAL_CONNECTION = native.kernel("lateral_connection")
+_UPSAMPLE_ADD = native.kernel("upsample_add")
 
 # Elements per vector of float32 accumulators.
 _VECTOR = 16
 
 
-def refusal(call: LateralConnection) -> str | None:
+def _refusal(call: LateralConnection) -> str | None:
     return native.cpu_refusal(call.feature)
 
 
@@ -28,7 +31,7 @@ def _accumulate(
     feature, bias = call.feature, call.bias
     if top is not None:
         start = feature.new_zeros(()) if bias is None else bias.view(1, -1, 1, 1)
-        torch.ops.fpn_kernels_native.upsample_add.default(top, start.expand(out.shape), mode, gain, out)
+        _UPSAMPLE_ADD()(top, start.expand(out.shape), mode, gain, out)
     if feature.shape[1] % 2 == 1:
         # For an odd number of channels, oneDNN's AMX product multiplies the element after each row by zero, and that
         # element may be NaN.
@@ -67,11 +70,11 @@ def _merge_in_place(top: Tensor, lateral: Tensor, mode: int, gain: float) -> Ten
     """Merge over the lateral where the kernel's vectors do not overlap at the end of a row of channels."""
     in_place = lateral.is_contiguous(memory_format=torch.channels_last) and lateral.shape[1] % _VECTOR == 0
     out = lateral if in_place else allocate(lateral.shape, lateral, result_format(lateral))
-    torch.ops.fpn_kernels_native.upsample_add.default(top, lateral, mode, gain, out)
+    _UPSAMPLE_ADD()(top, lateral, mode, gain, out)
     return out
 
 
-def plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
+def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
     """The library's own matrix product where it is the faster one on this CPU, else PyTorch's.
 
     PyTorch's serves 16-bit maps by `_accumulate`.  float32 maps, and maps whose dtype is multiplied in float32, use its
@@ -90,8 +93,8 @@ def plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
     )
     declined = False  # by the library, by metadata that is part of the cache key
     no_bias = torch.zeros(call.weight.shape[0], dtype=torch.float32, device="cpu") if call.bias is None else None
-    connect = torch.ops.fpn_kernels_native.lateral_connection.default
-    merge = torch.ops.fpn_kernels_native.upsample_add.default
+    connect = _LATERAL_CONNECTION()
+    merge = _UPSAMPLE_ADD()
 
     def run(call: LateralConnection) -> Tensor:
         nonlocal declined
@@ -124,3 +127,6 @@ def plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
         return out.to(dtype)
 
     return run
+
+
+LATERAL_CONNECTION = dispatch.Implementation(_plan, _refusal)

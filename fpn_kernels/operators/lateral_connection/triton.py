@@ -27,7 +27,7 @@ from fpn_kernels import compatibility
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import ALONE, Launch, Link, named, stand_in
 from fpn_kernels.gpu.tiles import walk_of
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 from fpn_kernels.operators.layouts import allocator
 from fpn_kernels.operators.upsample_add.triton import plan_merge
@@ -292,6 +292,4 @@ def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
     return named(run, connection.kernel())  # type: ignore[attr-defined]
 
 
-LATERAL_CONNECTION = dispatch.Implementation(
-    autotune.planned(_plan), refusal, _opt_in, evidence=evidence.of("triton", "lateral_connection")
-)
+LATERAL_CONNECTION = dispatch.Implementation(autotune.planned(_plan), refusal, _opt_in)

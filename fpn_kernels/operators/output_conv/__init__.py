@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpn_kernels.operators import aten, dispatch, evidence, plan_cache
+from fpn_kernels.operators import aten, dispatch, plan_cache
 from fpn_kernels.operators.operator import Gradient, Operator
 from fpn_kernels.operators.output_conv import cpu, eager, gradient, triton
 from fpn_kernels.operators.output_conv.call import OutputConv, OutputConvBackwardWeight, OutputConvLevels
@@ -28,12 +28,7 @@ OUTPUT_CONV = Operator(
     "output_conv(Tensor feature, Tensor weight, Tensor? bias, *, MemoryFormat? memory_format=None) -> Tensor",
     OutputConv,
     {
-        "native": dispatch.Implementation(
-            cpu.output_conv,
-            cpu.refusal,
-            fastest_format=cpu.fastest_format,
-            evidence=evidence.of("native", "output_conv"),
-        ),
+        "native": cpu.OUTPUT_CONV,
         "triton": triton.OUTPUT_CONV,
         "eager": dispatch.eager(eager.output_conv),
     },
@@ -110,9 +105,7 @@ OUTPUT_CONV_BACKWARD_WEIGHT = Operator(
     "MemoryFormat? memory_format=None) -> (Tensor grad_weight, Tensor grad_bias)",
     OutputConvBackwardWeight,
     {
-        "native": dispatch.Implementation(
-            cpu.output_conv_backward_weight, cpu.refusal, evidence=evidence.of("native", "output_conv_backward_weight")
-        ),
+        "native": cpu.OUTPUT_CONV_BACKWARD_WEIGHT,
         "eager": dispatch.eager(eager.output_conv_backward_weight),
     },
     standard=_standard_backward_weight,

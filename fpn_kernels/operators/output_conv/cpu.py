@@ -9,17 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpn_kernels import native
-from fpn_kernels.operators import aten
+from fpn_kernels.operators import aten, dispatch
 from fpn_kernels.operators.layouts import allocate, allocator
 from fpn_kernels.operators.output_conv.call import OutputConv, OutputConvBackwardWeight
 from fpn_kernels.operators.reorder import in_layout
 
+_OUTPUT_CONV = native.kernel("output_conv")
+_OUTPUT_CONV_BACKWARD_WEIGHT = native.kernel("output_conv_backward_weight")
 
-def refusal(call: OutputConv | OutputConvBackwardWeight) -> str | None:
+
+def _refusal(call: OutputConv | OutputConvBackwardWeight) -> str | None:
     return native.cpu_refusal(call[0])
 
 
-def fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
+def _fastest_format(device_type: str, dtype: torch.dtype) -> torch.memory_format | None:
     return aten.fastest_format(device_type, dtype) if device_type == "cpu" else None
 
 
@@ -35,7 +38,7 @@ def _convolve(feature: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(feature.to(dtype), weight.to(dtype), bias, padding=1).to(feature.dtype)
 
 
-def output_conv(call: OutputConv) -> Callable[[OutputConv], Tensor]:
+def _plan(call: OutputConv) -> Callable[[OutputConv], Tensor]:
     """The library's own convolution where it is the faster one on this CPU, written in the requested layout.
 
     Elsewhere PyTorch's, and a fast copy where its result has another layout.
@@ -45,7 +48,7 @@ def output_conv(call: OutputConv) -> Callable[[OutputConv], Tensor]:
     own = True  # until the library declines
     # The copy that the tiles make themselves takes twice as long: a block's share of a channel is short.
     reorders = native.multiplies_by_tiles(dtype) and aten.is_large(call.feature)
-    convolve = torch.ops.fpn_kernels_native.output_conv.default
+    convolve = _OUTPUT_CONV()
 
     def run(call: OutputConv) -> Tensor:
         nonlocal own
@@ -62,7 +65,7 @@ def output_conv(call: OutputConv) -> Callable[[OutputConv], Tensor]:
     return run
 
 
-def output_conv_backward_weight(
+def _plan_backward_weight(
     call: OutputConvBackwardWeight,
 ) -> Callable[[OutputConvBackwardWeight], tuple[Tensor, Tensor]]:
     """By AMX tiles where the CPU has them, by Winograd's filtering on AVX2, else PyTorch's own.
@@ -85,7 +88,7 @@ def output_conv_backward_weight(
     if not by_tiles and not by_avx2:
         return lambda call: aten.gradient_of_weight(call.grad, call.feature, wants_bias, out_format)
     channels = grad.shape[1] if wants_bias else 0
-    multiply = torch.ops.fpn_kernels_native.output_conv_backward_weight.default
+    multiply = _OUTPUT_CONV_BACKWARD_WEIGHT()
 
     def run(call: OutputConvBackwardWeight) -> tuple[Tensor, Tensor]:
         grad, feature = call.grad, call.feature
@@ -102,3 +105,7 @@ def output_conv_backward_weight(
         return aten.gradient_of_weight(grad, feature, wants_bias, out_format)
 
     return run
+
+
+OUTPUT_CONV = dispatch.Implementation(_plan, _refusal, fastest_format=_fastest_format)
+OUTPUT_CONV_BACKWARD_WEIGHT = dispatch.Implementation(_plan_backward_weight, _refusal)

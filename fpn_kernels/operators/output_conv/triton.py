@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import ALONE, Launch, Link, stand_in
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.layouts import allocator
 from fpn_kernels.operators.output_conv.call import OutputConv, OutputConvLevels
 from fpn_kernels.operators.output_conv.tiles import TABLE, BoxConfig, fitting, launches, links_of, on_chip
@@ -357,12 +357,10 @@ OUTPUT_CONV = dispatch.Implementation(
     _opt_in,
     _fastest_format,
     optional=True,
-    evidence=evidence.of("triton", "output_conv"),
 )
 OUTPUT_CONV_LEVELS = dispatch.Implementation(
     autotune.planned(_plan_levels),
     _levels_refusal,
     _levels_opt_in,
     optional=True,
-    evidence=evidence.of("triton", "output_conv_levels"),
 )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fpn_kernels.gpu import autotune, availability
 from fpn_kernels.gpu.launch import Link, stand_in
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.lateral_connection import triton as lateral_connection
 from fpn_kernels.operators.layouts import allocator
 from fpn_kernels.operators.top_down_pathway.call import TopDownPathway
@@ -79,5 +79,4 @@ TOP_DOWN_PATHWAY = dispatch.Implementation(
     _refusal,
     lambda call: availability.unmeasured(call.features[0]),
     optional=True,
-    evidence=evidence.of("triton", "top_down_pathway"),
 )

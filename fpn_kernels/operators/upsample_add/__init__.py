@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.operator import Gradient, Operator
 from fpn_kernels.operators.paths import path_of
 from fpn_kernels.operators.upsample_add import cpu, eager, standard, triton, triton_backward
@@ -31,9 +31,7 @@ UPSAMPLE_ADD = Operator(
     "upsample_add(Tensor top, Tensor lateral, *, str mode='nearest', float gain=1.0) -> Tensor",
     UpsampleAdd,
     {
-        "native": dispatch.Implementation(
-            cpu.upsample_add, cpu.refusal, evidence=evidence.of("native", "upsample_add")
-        ),
+        "native": cpu.UPSAMPLE_ADD,
         "triton": triton.UPSAMPLE_ADD,
         "eager": dispatch.eager(eager.upsample_add),
     },
@@ -58,9 +56,7 @@ UPSAMPLE_ADD_BACKWARD = Operator(
     "upsample_add_backward(Tensor grad, SymInt[2] top_size, *, str mode='nearest', float gain=1.0) -> Tensor",
     UpsampleAddBackward,
     {
-        "native": dispatch.Implementation(
-            cpu.upsample_add_backward, cpu.refusal, evidence=evidence.of("native", "upsample_add_backward")
-        ),
+        "native": cpu.UPSAMPLE_ADD_BACKWARD,
         "triton": triton_backward.UPSAMPLE_ADD_BACKWARD,
         "eager": dispatch.eager(eager.upsample_add_backward),
     },
@@ -86,9 +82,7 @@ MERGE_BACKWARD = Operator(
     "-> (Tensor grad_top, Tensor grad_bias)",
     MergeBackward,
     {
-        "native": dispatch.Implementation(
-            cpu.merge_backward, cpu.merge_backward_refusal, evidence=evidence.of("native", "merge_backward")
-        ),
+        "native": cpu.MERGE_BACKWARD,
         "triton": triton_backward.MERGE_BACKWARD,
         "eager": dispatch.eager(eager.merge_backward),
     },

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from fpn_kernels import native
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.layouts import allocator, result_format
 from fpn_kernels.operators.upsample_add.call import MergeBackward, UpsampleAdd, UpsampleAddBackward
 
+_UPSAMPLE_ADD = native.kernel("upsample_add")
+_UPSAMPLE_ADD_BACKWARD = native.kernel("upsample_add_backward")
+_MERGE_BACKWARD = native.kernel("merge_backward")
 
-def refusal(call: UpsampleAdd | UpsampleAddBackward) -> str | None:
+
+def _refusal(call: UpsampleAdd | UpsampleAddBackward) -> str | None:
     return native.device_refusal(call[0])
 
 
-def upsample_add(call: UpsampleAdd) -> Callable[[UpsampleAdd], Tensor]:
+def _plan(call: UpsampleAdd) -> Callable[[UpsampleAdd], Tensor]:
     new, mode = allocator(call.lateral.shape, result_format(call.lateral)), native.MODE_NUMBERS[call.mode]
-    merge = torch.ops.fpn_kernels_native.upsample_add.default
+    merge = _UPSAMPLE_ADD()
 
     def run(call: UpsampleAdd) -> Tensor:
         out = new(call.lateral)
@@ -28,9 +33,9 @@ def upsample_add(call: UpsampleAdd) -> Callable[[UpsampleAdd], Tensor]:
     return run
 
 
-def upsample_add_backward(call: UpsampleAddBackward) -> Callable[[UpsampleAddBackward], Tensor]:
+def _plan_backward(call: UpsampleAddBackward) -> Callable[[UpsampleAddBackward], Tensor]:
     new, mode = allocator(call.shape(), result_format(call.grad)), native.MODE_NUMBERS[call.mode]
-    adjoint = torch.ops.fpn_kernels_native.upsample_add_backward.default
+    adjoint = _UPSAMPLE_ADD_BACKWARD()
 
     def run(call: UpsampleAddBackward) -> Tensor:
         grad_top = new(call.grad)
@@ -40,13 +45,9 @@ def upsample_add_backward(call: UpsampleAddBackward) -> Callable[[UpsampleAddBac
     return run
 
 
-def merge_backward_refusal(call: MergeBackward) -> str | None:
-    return native.cpu_refusal(call.grad)
-
-
-def merge_backward(call: MergeBackward) -> Callable[[MergeBackward], tuple[Tensor, Tensor]]:
+def _plan_merge_backward(call: MergeBackward) -> Callable[[MergeBackward], tuple[Tensor, Tensor]]:
     new, mode = allocator(call.adjoint().shape(), result_format(call.grad)), native.MODE_NUMBERS[call.mode]
-    adjoint = torch.ops.fpn_kernels_native.merge_backward.default
+    adjoint = _MERGE_BACKWARD()
 
     def run(call: MergeBackward) -> tuple[Tensor, Tensor]:
         grad, upstream = call.grad, call.upstream
@@ -61,3 +62,8 @@ def merge_backward(call: MergeBackward) -> Callable[[MergeBackward], tuple[Tenso
         return grad_top, grad_bias.to(grad.dtype)
 
     return run
+
+
+UPSAMPLE_ADD = dispatch.Implementation(_plan, _refusal)
+UPSAMPLE_ADD_BACKWARD = dispatch.Implementation(_plan_backward, _refusal)
+MERGE_BACKWARD = dispatch.Implementation(_plan_merge_backward, lambda call: native.cpu_refusal(call.grad))

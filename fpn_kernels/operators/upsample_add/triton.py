@@ -19,7 +19,7 @@ from torch import Tensor
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import Launch, stand_in
 from fpn_kernels.gpu.tiles import TileConfig, fitting, reading_of, walk_of
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.layouts import allocator, result_format
 from fpn_kernels.operators.upsample_add.call import UpsampleAdd
 
@@ -153,5 +153,4 @@ UPSAMPLE_ADD = dispatch.Implementation(
     autotune.planned(_plan),
     _refusal,
     lambda call: availability.interpreter_only(call.top),
-    evidence=evidence.of("triton", "upsample_add"),
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import Launch, stand_in
 from fpn_kernels.gpu.tiles import TileConfig, fitting, walk_of
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.layouts import allocator, result_format
 from fpn_kernels.operators.upsample_add.call import MergeBackward, UpsampleAddBackward
 
@@ -265,11 +265,9 @@ UPSAMPLE_ADD_BACKWARD = dispatch.Implementation(
     autotune.planned(_plan_adjoint),
     _refusal,
     lambda call: availability.interpreter_only(call.grad),
-    evidence=evidence.of("triton", "upsample_add_backward"),
 )
 MERGE_BACKWARD = dispatch.Implementation(
     autotune.planned(_plan_merge_backward),
     lambda call: _refusal(call.adjoint()),
     lambda call: availability.interpreter_only(call.grad),
-    evidence=evidence.of("triton", "merge_backward"),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.operator import Gradient, Operator
 from fpn_kernels.operators.paths import path_of
 from fpn_kernels.operators.sums import sum_dtype
@@ -97,9 +97,7 @@ WEIGHTED_MERGE = Operator(
     "str normalization='none', float eps=0.0) -> Tensor",
     WeightedMerge,
     {
-        "native": dispatch.Implementation(
-            cpu.weighted_merge, cpu.refusal, evidence=evidence.of("native", "weighted_merge")
-        ),
+        "native": cpu.WEIGHTED_MERGE,
         "triton": triton.WEIGHTED_MERGE,
         "eager": dispatch.eager(eager.weighted_merge),
     },
@@ -140,9 +138,7 @@ WEIGHTED_MERGE_BACKWARD = Operator(
     "weighted_merge_backward(Tensor grad, Tensor input, Tensor factor) -> (Tensor grad_input, Tensor grad_factor)",
     WeightedMergeBackward,
     {
-        "native": dispatch.Implementation(
-            cpu.weighted_merge_backward, cpu.refusal, evidence=evidence.of("native", "weighted_merge_backward")
-        ),
+        "native": cpu.WEIGHTED_MERGE_BACKWARD,
         "triton": triton.WEIGHTED_MERGE_BACKWARD,
         "eager": dispatch.eager(eager.weighted_merge_backward),
     },

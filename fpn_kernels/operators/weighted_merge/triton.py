@@ -20,7 +20,7 @@ from torch import Tensor
 from fpn_kernels.gpu import autotune, availability, geometry
 from fpn_kernels.gpu.launch import Launch, stand_in
 from fpn_kernels.gpu.tiles import TileConfig, fitting, reading_of, walk_of
-from fpn_kernels.operators import dispatch, evidence
+from fpn_kernels.operators import dispatch
 from fpn_kernels.operators.layouts import allocator, result_format
 from fpn_kernels.operators.weighted_merge.call import WeightedMerge, WeightedMergeBackward
 
@@ -254,11 +254,9 @@ WEIGHTED_MERGE = dispatch.Implementation(
     autotune.planned(_plan),
     _refusal,
     lambda call: availability.interpreter_only(call.first),
-    evidence=evidence.of("triton", "weighted_merge"),
 )
 WEIGHTED_MERGE_BACKWARD = dispatch.Implementation(
     autotune.planned(_plan_backward),
     _backward_refusal,
     lambda call: availability.interpreter_only(call.grad),
-    evidence=evidence.of("triton", "weighted_merge_backward"),
 )
