@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 
-class StandsStillError(AssertionError):
+class DeadlockError(AssertionError):
     """Every group of warps waits, and nothing is under way that could wake one."""
 
 
@@ -212,7 +212,7 @@ class Chip:
                 (self.group,) = self.random.choices(ready, [group.speed for group in ready])
                 return
             if not self.loads:
-                raise StandsStillError(", ".join(group.name for group in waiting))
+                raise DeadlockError(", ".join(group.name for group in waiting))
             self.loads.pop(self.random.randrange(len(self.loads)))()
 
     def turn(self, ready: Callable[[], bool] = lambda: True) -> None:
