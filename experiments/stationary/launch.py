@@ -64,8 +64,8 @@ class StationaryConfig:
         return holds_result and is_filled and self.stages(in_channels, has_top) >= _MIN_STAGES
 
     def __str__(self) -> str:
-        box = "flat" if self.flat else self.rows
-        return f"stationary {box}x{self.columns}x{self.channels}x{self.depth}"
+        box = "flat " if self.flat else f"{self.rows}x"
+        return f"stationary {box}{self.columns}x{self.channels}x{self.depth}"
 
 
 # Shared memory holds all 256 channels of C2's weight (128 KB), half of C3's, a quarter of C4's.
