@@ -33,17 +33,18 @@ class Binary:
 
     def usage(self) -> tuple[int, int]:
         """The registers per thread, and the number of instructions that access local memory."""
+        registers = max(map(int, re.findall(r"\bREG:(\d+)", self._dump("-res-usage"))))
+        return registers, len(re.findall(r"\b(?:LDL|STL)\b", self.instructions()))
+
+    def instructions(self) -> str:
+        return self._dump("--dump-sass")
+
+    def _dump(self, option: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "kernel.cubin")
             path.write_bytes(self.code)
-            usage, instructions = self._dump("-res-usage", path), self._dump("--dump-sass", path)
-        registers = max(map(int, re.findall(r"\bREG:(\d+)", usage)))
-        return registers, len(re.findall(r"\b(?:LDL|STL)\b", instructions))
-
-    @staticmethod
-    def _dump(option: str, path: pathlib.Path) -> str:
-        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class Driver:

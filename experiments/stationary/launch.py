@@ -191,7 +191,11 @@ def plan(
             "DEPTH": config.depth,
             "CHUNKS": config.chunks(in_channels),
             "STAGES": config.stages(in_channels, top is not None),
-            **(_flat_constants if config.flat else _box_constants)(config, feature, top, out, mode),
+            **(
+                _flat_constants(config, feature, top, out, mode)
+                if config.flat
+                else {"ROWS": config.rows, "COLUMNS": config.columns}
+            ),
             **link.constants(),
             "num_warps": 4,
         },
@@ -254,12 +258,6 @@ def _flat_steps(tensor: Tensor) -> tuple[int, int]:
     flat = tensor.flatten(2)
     n, row = geometry.strides(flat)[0], geometry.strides(flat)[dim] or flat.shape[3 - dim]
     return n or channels * flat.shape[2], row
-
-
-def _box_constants(
-    config: StationaryConfig, feature: Tensor, top: Tensor | None, out: Tensor, mode: str
-) -> dict[str, Any]:
-    return {"ROWS": config.rows, "COLUMNS": config.columns}
 
 
 def _flat_constants(

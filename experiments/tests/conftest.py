@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fpn_kernels.gpu.availability import INTERPRETED
 
-# Each run draws other orders of events; EXPERIMENTS_SEED repeats a run.
-SEED = int(os.environ.get("EXPERIMENTS_SEED", random.randrange(1 << 30)))
+# Each run draws other orders of events; EXPERIMENTS_SEED repeats a run.  The processes of pytest-xdist inherit it.
+SEED = int(os.environ.setdefault("EXPERIMENTS_SEED", str(random.randrange(1 << 30))))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -35,6 +35,13 @@ class DType:
         return 8 * self.dtype.itemsize
 
 
+def _operator(name: str) -> Callable[[Value, Any], Value]:
+    def apply(self: Value, other: Any) -> Value:
+        return Value(getattr(self.data, name)(other.data if isinstance(other, Value) else other))
+
+    return apply
+
+
 class Value:
     """A tensor in registers."""
 
@@ -42,25 +49,9 @@ class Value:
         self.data = data
         self.type = types.SimpleNamespace(layout=None)
 
-    def _with(self, other: Any, operation: str) -> Value:
-        return Value(getattr(self.data, operation)(other.data if isinstance(other, Value) else other))
-
-    def __add__(self, other: Any) -> Value:
-        return self._with(other, "__add__")
-
-    def __mul__(self, other: Any) -> Value:
-        return self._with(other, "__mul__")
-
-    def __sub__(self, other: Any) -> Value:
-        return self._with(other, "__sub__")
-
-    def __floordiv__(self, other: Any) -> Value:
-        return self._with(other, "__floordiv__")
-
-    def __lt__(self, other: Any) -> Value:
-        return self._with(other, "__lt__")
-
-    __radd__, __rmul__ = __add__, __mul__
+    __add__ = __radd__ = _operator("__add__")
+    __mul__ = __rmul__ = _operator("__mul__")
+    __sub__, __floordiv__, __lt__ = map(_operator, ("__sub__", "__floordiv__", "__lt__"))
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.data[index])

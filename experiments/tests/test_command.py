@@ -8,6 +8,7 @@ from maps import check, random_map, random_weight
 
 from experiments import __main__ as command
 from experiments.descriptors import launch as descriptors
+from experiments.no_launch import no_launch
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 
 
@@ -24,6 +25,15 @@ def test_dry_run(name: str, dtype: str, layout: str, capsys: pytest.CaptureFixtu
     is_odd = (name, layout) == ("C2-odd", "nchw")
     assert any("descriptors" in row for row in rows) == (not is_odd)
     assert any("stationary" in row for row in rows) == (not is_odd and dtype == "bfloat16" and name != "C5")
+
+
+@pytest.mark.parametrize("layout", command.FORMATS)
+def test_tensor_cores_and_bulk_copies(layout: str) -> None:
+    with no_launch() as driver:
+        for kernel, run in command.candidates(command.CASES[0].call(1, layout, torch.bfloat16, "cpu")):
+            run()
+            code = driver.launched[-1].instructions()
+            assert "HGMMA." in code and "UTMALDG." in code, kernel
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
