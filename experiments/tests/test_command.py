@@ -9,6 +9,8 @@ from maps import check, random_map, random_weight
 from experiments import __main__ as command
 from experiments.descriptors import launch as descriptors
 from experiments.no_launch import no_launch
+from experiments.stationary import launch as stationary
+from fpn_kernels.gpu.launch import Link
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 
 
@@ -34,6 +36,18 @@ def test_tensor_cores_and_bulk_copies(layout: str) -> None:
             run()
             code = driver.launched[-1].instructions()
             assert "HGMMA." in code and "UTMALDG." in code, kernel
+
+
+@pytest.mark.parametrize("layout", command.FORMATS)
+def test_overlapping_launches_compile(layout: str) -> None:
+    """`stationary` as a level of a pathway: launches overlap by programmatic dependent launch."""
+    call = command.CASES[0].call(1, layout, torch.bfloat16, "cpu")
+    operands = (call.feature, call.matrix(), call.bias, call.top, call.allocate())
+    config = stationary.candidates(*operands)[0]
+    with no_launch() as driver:
+        stationary.plan(config, *operands, link=Link(follows=True, leads=True))(*operands, 1.0)
+    assert "ACQBULK" in driver.launched[0].instructions()
+    assert driver.launched[0].usage()[1] == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
