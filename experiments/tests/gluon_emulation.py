@@ -1,11 +1,11 @@
-"""Runs a Gluon kernel of Hopper's on the CPU, for its schedule and its arithmetic: Triton's interpreter has no Gluon.
+"""Run a Hopper kernel in Gluon on the CPU: its schedule and its arithmetic.  Triton's interpreter does not run Gluon.
 
-The kernel's own Python functions are run, with stand-ins for the language in their globals.  Groups of warps are
-threads, of which one runs at a time and any may be next at every call into the language.  What is asynchronous on the
-chip happens late here, or at a random moment: a bulk copy to shared memory any time before the barrier tells (until
-then its target holds NaN), one from shared memory as late as its wait, a product as late as its wait.  Shared memory
-and results begin as NaN.  A schedule that reads too early, or fills a buffer too early, gives NaN or wrong numbers, and
-one that stands still raises.
+The kernel's own Python functions run, with stand-ins for the language in their globals.  Each group of warps is a
+thread.  One thread runs at a time, and at each call into the language any other may be next.  Asynchronous operations
+complete late or at a random moment: a bulk copy to shared memory at any time before its barrier completes (until then
+its target holds NaN), a bulk copy from shared memory and a product as late as their wait.  Shared memory and results
+begin as NaN.  So a schedule that reads or overwrites a buffer too early gives NaN or wrong numbers, and a deadlock
+raises.
 
 Not emulated: layouts, which the compiler checks, and the threads within a group.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 
-class StandsStillError(AssertionError):
-    """Every group of warps waits, and nothing is under way that could wake one."""
+class DeadlockError(AssertionError):
+    """All groups of warps wait, and no copy is pending."""
 
 
 @dataclasses.dataclass
@@ -35,6 +35,13 @@ class DType:
         return 8 * self.dtype.itemsize
 
 
+def _operator(name: str) -> Callable[[Value, Any], Value]:
+    def apply(self: Value, other: Any) -> Value:
+        return Value(getattr(self.data, name)(other.data if isinstance(other, Value) else other))
+
+    return apply
+
+
 class Value:
     """A tensor in registers."""
 
@@ -42,25 +49,9 @@ class Value:
         self.data = data
         self.type = types.SimpleNamespace(layout=None)
 
-    def _with(self, other: Any, operation: str) -> Value:
-        return Value(getattr(self.data, operation)(other.data if isinstance(other, Value) else other))
-
-    def __add__(self, other: Any) -> Value:
-        return self._with(other, "__add__")
-
-    def __mul__(self, other: Any) -> Value:
-        return self._with(other, "__mul__")
-
-    def __sub__(self, other: Any) -> Value:
-        return self._with(other, "__sub__")
-
-    def __floordiv__(self, other: Any) -> Value:
-        return self._with(other, "__floordiv__")
-
-    def __lt__(self, other: Any) -> Value:
-        return self._with(other, "__lt__")
-
-    __radd__, __rmul__ = __add__, __mul__
+    __add__ = __radd__ = _operator("__add__")
+    __mul__ = __rmul__ = _operator("__mul__")
+    __sub__, __floordiv__, __lt__ = map(_operator, ("__sub__", "__floordiv__", "__lt__"))
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.data[index])
@@ -82,18 +73,18 @@ class Value:
 
 
 class Product(Value):
-    """A sum to which products are added; those under way are added when they are waited for."""
+    """An accumulator; pending products are added when they are waited for."""
 
-    def __init__(self, data: torch.Tensor, under_way: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        super().__init__(torch.full_like(data, float("nan")) if under_way else data)
-        self.total, self.under_way = data, under_way
+    def __init__(self, data: torch.Tensor, pending: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(torch.full_like(data, float("nan")) if pending else data)
+        self.total, self.pending = data, pending
 
 
 class Pointer:
     """The address of a tensor's first element, or of several elements."""
 
     def __init__(self, memory: torch.Tensor, offsets: Any = 0) -> None:
-        # All that lies behind the tensor's first element, of whatever strides it has.
+        # The memory from the tensor's first element on, whatever its strides.
         size = memory.untyped_storage().nbytes() // memory.itemsize - memory.storage_offset()
         self.memory = memory.as_strided((size,), (1,))
         self.offsets = offsets
@@ -104,7 +95,7 @@ class Pointer:
 
 
 class Shared:
-    """Shared memory, or a part of it."""
+    """A buffer in shared memory, or a part of one."""
 
     def __init__(self, data: torch.Tensor, layout: Any, chip: Chip) -> None:
         self.data, self.layout, self.chip = data, layout, chip
@@ -124,18 +115,18 @@ class Shared:
         return Shared(self.data.view(-1).view(*shape), layout, self.chip)
 
     def load(self, layout: Any) -> Value:
-        self.chip.turn()
+        self.chip.switch()
         return Value(self.data.clone())
 
     def store(self, value: Value) -> None:
-        self.chip.turn()
+        self.chip.switch()
         assert value.data.dtype == self.data.dtype, (value.data.dtype, self.data.dtype)
         self.data.copy_(value.data)
         self.chip.group.unfenced = True
 
 
 class Barrier:
-    """An mbarrier: a phase is over when its arrivals have come, and the bytes that they announced."""
+    """An mbarrier: a phase ends when all arrivals and all announced bytes have come."""
 
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
@@ -143,7 +134,7 @@ class Barrier:
     def change(self, arrivals: int, more: int) -> None:
         self.pending -= arrivals
         self.bytes += more
-        assert self.pending >= 0 and self.bytes >= 0, "more arrivals, or bytes, than were waited for"
+        assert self.pending >= 0 and self.bytes >= 0, "more arrivals or bytes than expected"
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase + 1, self.count
 
@@ -165,10 +156,12 @@ class Descriptor:
         size = self.memory.itemsize
         assert self.memory.stride(-1) == 1 and 1 <= self.memory.dim() <= 5
         for stride in self.memory.stride()[:-1]:
-            assert stride > 0 and stride * size % 16 == 0, f"TMA wants strides of whole 16 bytes, got {stride}"
+            assert stride > 0 and stride * size % 16 == 0, (
+                f"TMA needs strides that are multiples of 16 bytes, got {stride} elements"
+            )
 
     def window(self, corner: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The part of the map that a box covers, in the map and in the box."""
+        """The part of the map that a box covers, as slices of the map and of the box."""
         assert all(at >= 0 for at in corner)
         ends = [min(at + n, size) for at, n, size in zip(corner, self.box, self.memory.shape, strict=True)]
         in_map = tuple(slice(at, max(at, end)) for at, end in zip(corner, ends, strict=True))
@@ -176,7 +169,7 @@ class Descriptor:
 
 
 class Group:
-    """A group of warps: a thread that runs when it is its turn."""
+    """A group of warps: a thread that runs when it is chosen."""
 
     def __init__(self, name: str, run: Callable[[], None], speed: float = 1.0) -> None:
         self.name, self.run, self.speed = name, run, speed
@@ -186,11 +179,11 @@ class Group:
 
 
 class Chip:
-    """One multiprocessor with one program at a time."""
+    """One SM, which runs one program at a time."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        # How soon copies arrive, and how fast each group is beside the others, differ from chip to chip.
+        # The latency of copies and the relative speed of the groups are random per program.
         self.arrival = 10 ** self.random.uniform(-3, 0)
         self.lock = threading.Condition()
         self.groups: list[Group] = []
@@ -198,11 +191,11 @@ class Chip:
         self.loads: list[Callable[[], None]] = []
         self.error: BaseException | None = None
         self.program = self.programs = 0
-        # What happens when the launch before has ended.
+        # Called when the previous launch has ended.
         self.previous_ends: Callable[[], None] = lambda: None
 
     def _choose(self) -> None:
-        """Has a copy that is under way arrive, now and then, and says which group is next."""
+        """Complete pending copies at random, and choose the next group."""
         while self.loads and self.random.random() < self.arrival:
             self.loads.pop(self.random.randrange(len(self.loads)))()
         waiting = [group for group in self.groups if not group.done]
@@ -212,15 +205,15 @@ class Chip:
                 (self.group,) = self.random.choices(ready, [group.speed for group in ready])
                 return
             if not self.loads:
-                raise StandsStillError(", ".join(group.name for group in waiting))
+                raise DeadlockError(", ".join(group.name for group in waiting))
             self.loads.pop(self.random.randrange(len(self.loads)))()
 
-    def turn(self, ready: Callable[[], bool] = lambda: True) -> None:
-        """Gives the turn away, and returns when it is back and the group may go on."""
+    def switch(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Let another group run; return when this one is chosen again and `ready` holds."""
         mine = self.group
         mine.ready = ready
         if not self.groups:
-            assert ready(), "waits before there are groups"
+            assert ready(), "a wait before the groups begin"
             return
         self._choose()
         self.lock.notify_all()
@@ -236,19 +229,19 @@ class Chip:
         self.groups = [
             Group(
                 f"{function.__name__} {place}",
-                lambda f=function, a=arguments: f(*a),  # type: ignore[misc]
+                lambda f=function, a=arguments: f(*a),
                 10 ** self.random.uniform(-2, 0),
             )
             for place, (function, arguments) in enumerate(groups)
         ]
 
-        def live(group: Group) -> None:
+        def run_thread(group: Group) -> None:
             with self.lock:
                 self.lock.wait_for(lambda: self.group is group or self.error is not None)
                 try:
                     if self.error is None:
                         group.run()
-                        assert not group.stores, f"{group.name} ends with stores that nobody waited for"
+                        assert not group.stores, f"{group.name} ends with stores that it did not wait for"
                         group.done = True
                         self._choose()
                 except SystemExit:
@@ -257,7 +250,7 @@ class Chip:
                     self.error = error
                 self.lock.notify_all()
 
-        threads = [threading.Thread(target=live, args=(group,), daemon=True) for group in self.groups]
+        threads = [threading.Thread(target=run_thread, args=(group,), daemon=True) for group in self.groups]
         with self.lock:
             self._choose()
         for thread in threads:
@@ -267,10 +260,10 @@ class Chip:
         self.groups = []
         if self.error is not None:
             raise self.error
-        assert not self.loads, "a program ends with copies under way"
+        assert not self.loads, "a program ends with pending copies"
 
     def language(self) -> dict[str, Any]:
-        """What the kernel's module imports of Gluon, by the names that it has there."""
+        """The names that a kernel's module imports from Gluon."""
         chip = self
 
         def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
@@ -289,11 +282,11 @@ class Chip:
             return Value(values)
 
         def expect(barrier: Barrier, size: int) -> None:
-            chip.turn()
+            chip.switch()
             barrier.change(1, size)
 
         def arrive(barrier: Barrier, *, count: int) -> None:
-            chip.turn()
+            chip.switch()
             barrier.change(count, 0)
 
         def init(barrier: Barrier, count: int) -> None:
@@ -305,7 +298,7 @@ class Chip:
             return Descriptor(base.memory.as_strided(tuple(shape), tuple(strides)), box)
 
         def fetch(source: Descriptor, corner: Sequence[int], barrier: Barrier, target: Shared) -> None:
-            chip.turn()
+            chip.switch()
             target.data.fill_(float("nan"))
             in_map, in_box = source.window(corner)
 
@@ -317,13 +310,13 @@ class Chip:
             chip.loads.append(arrived)
 
         def write(target: Descriptor, corner: Sequence[int], source: Shared) -> None:
-            chip.turn()
-            assert not chip.group.unfenced, "stored to shared memory, and not fenced before the bulk copy reads it"
+            chip.switch()
+            assert not chip.group.unfenced, "no fence between a store to shared memory and the bulk copy that reads it"
             in_map, in_box = target.window(corner)
             chip.group.stores.append(lambda: target.memory[in_map].copy_(source.data[in_box]))
 
         def store_wait(pending: int) -> None:
-            chip.turn()
+            chip.switch()
             while len(chip.group.stores) > pending:
                 chip.group.stores.pop(0)()
 
@@ -331,23 +324,23 @@ class Chip:
             chip.group.unfenced = False
 
         def multiply(left: Shared, right: Shared, total: Value, *, is_async: bool) -> Product:
-            chip.turn()
+            chip.switch()
             assert is_async
-            earlier = total.under_way if isinstance(total, Product) else []
+            earlier = total.pending if isinstance(total, Product) else []
             data = total.total if isinstance(total, Product) else total.data
             return Product(data, [*earlier, (left.data, right.data)])
 
         def wait(outstanding: int, deps: Sequence[Product]) -> Product:
-            chip.turn()
+            chip.switch()
             (product,) = deps
-            total, under_way = product.total, list(product.under_way)
-            while len(under_way) > outstanding:
-                left, right = under_way.pop(0)
+            total, pending = product.total, list(product.pending)
+            while len(pending) > outstanding:
+                left, right = pending.pop(0)
                 total = total + left.float() @ right.float()
-            return Product(total, under_way)
+            return Product(total, pending)
 
         def previous_has_ended() -> None:
-            chip.turn()
+            chip.switch()
             chip.previous_ends()
 
         gl = types.SimpleNamespace(
@@ -374,7 +367,7 @@ class Chip:
                 init=init,
                 expect=expect,
                 arrive=arrive,
-                wait=lambda barrier, parity: chip.turn(lambda: barrier.phase & 1 != parity),
+                wait=lambda barrier, parity: chip.switch(lambda: barrier.phase & 1 != parity),
             ),
             "tma": types.SimpleNamespace(
                 make_tensor_descriptor=describe,
@@ -399,15 +392,15 @@ def emulate(
     seed: int = 0,
     previous_ends: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs a kernel of a module, one program after the other.
+    """Run a kernel, one program after another.
 
     Args:
-        module: where the kernel is, and all device functions that it calls.
-        kernel: its name.
-        grid: how many programs.
-        arguments: all of them, by position; a tensor stands for its address.
-        seed: of the order in which things happen.
-        previous_ends: called when a program first waits for the launch before.
+        module: the module of the kernel and of all device functions that it calls.
+        kernel: the name of the kernel.
+        grid: the number of programs.
+        arguments: all arguments, by position; a tensor for a pointer.
+        seed: the seed of the random order of events.
+        previous_ends: called each time a program waits for the previous launch.
     """
     chip = Chip(seed)
     names: dict[str, Any] = {"__builtins__": __builtins__}

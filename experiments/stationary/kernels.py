@@ -1,29 +1,29 @@
 """A 1x1 convolution whose weight stays in shared memory while the pixels stream past it, for Hopper.  Device code.
 
-Gluon, Triton's language for who does what: of one program two groups of four warps multiply and write, each a tile of
-its own in turn, one warp loads features and one loads coarse pixels.
+Written in Gluon, Triton's lower-level language, in which groups of warps have roles.  Two groups of four warps multiply
+and write, each one tile in turn; one warp loads features and one loads coarse pixels:
 
-    loader of features   W W f0 f0 f1 f1 f2 f2 f3 f3 ...       W: the weight, once a program
+    loader of features   W W f0 f0 f1 f1 f2 f2 f3 f3 ...       W: the weight, once per program
     loader of tops             t0    t1    t2    t3 ...
     first group                == tile 0 =+out  == tile 2 =+out    =: product
     second group                     == tile 1 =+out  == tile 3 =+out
 
-So the copies never wait for a product, and one group's epilogue runs beside the other's product.  A tile's pixels are
-read once, by a box of a tensor descriptor; so are its coarse pixels, a quarter as many; and its result takes the place
-of its pixels in shared memory, from where one more bulk copy writes it.
+So copies never wait for a product, and the epilogue of one group overlaps the product of the other.  The pixels of a
+tile are read once, by a box of a tensor descriptor, and so are its coarse pixels, a quarter as many.  The result
+overwrites the tile's pixels in shared memory, and one more bulk copy writes it to global memory.
 
-Chunks (a tile's pixels by DEPTH input channels) go round a ring of STAGES slots.  Each slot has two barriers, `full`
-and `free`: what went round the ring c times before waits for the barrier's c-th phase.  A parity tells a phase from the
-next one only, so whoever waits must know that the phase before is over.  The loader has waited for it itself; a group
-takes it from the other, which `turns` lets go on when all that it waits for in its own tile has come.
+Chunks (the pixels of a tile by DEPTH input channels) use the STAGES slots of a ring in turn.  Each slot has two
+barriers, `full` and `free`.  A chunk that is the c-th user of its slot waits for the c-th phase of the barrier.  A wait
+only sees the parity of a phase, so a warp may wait for a phase only if it knows that the previous phase is over.  The
+loader has waited for that phase itself.  A group relies on the other group: `turns` lets a group continue when the
+other one has waited for all chunks of its own tile.
 
-The weight lies as [Cout, Cin], or TURNED as [Cin, Cout], as that of the adjoint does: tensor cores take either.
+The weight is [Cout, Cin], or, TRANSPOSED, [Cin, Cout] as in the gradient of the feature: tensor cores take either.
 
-A descriptor is made by the warps that use it, which therefore see it as it was written.
+Each descriptor is made by the warps that use it, which therefore see it as it was written.
 """
 
-# ruff: noqa: N803, N806, RUF005, SIM113 - what Gluon compiles: constexprs in capitals, no stars, no enumerate
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803, N806, RUF005, SIM113 - Gluon's idiom: constexprs in capitals, no stars, no enumerate
 
 from __future__ import annotations
 
@@ -38,24 +38,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-POINTERS = ("feature", "weight", "bias", "top", "out")
-NUMBERS = (
+_NUMBERS = (
     *("batch", "in_channels", "out_channels", "height", "width", "top_height", "top_width"),
     *("feature_n", "feature_y", "feature_x", "weight_row"),
     *("top_n", "top_y", "top_x", "out_n", "out_y", "out_x"),
     *("tiles", "tiles_y", "tiles_x", "channel_tiles"),
 )
 
-# Groups of warps that multiply; the registers of a thread there (the first group has what the others leave, as many),
-# and of one that loads.  A multiprocessor has 65,536: 8 warps of 232 and 4 of 40 (a group of four is the least that is
-# given registers) take 64,512.
+# The groups of warps that multiply, and the registers per thread of those and of the loaders.  An SM has 65,536: 8
+# warps with 232 and 4 warps with 40 (registers are allotted to four warps at a time) take 64,512.
 GROUPS = gl.constexpr(2)
 MULTIPLYING, LOADING = gl.constexpr(232), gl.constexpr(40)
 
 
 @gluon.jit
 def corner(tile, tiles_y, tiles_x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """The image of a tile, and the row and the column of its first pixel."""
+    """The image of a tile, and the row and column of its first pixel."""
     y = (tile // tiles_x) % tiles_y
     return (tile // tiles_x) // tiles_y, y * ROWS, tile % tiles_x * COLUMNS
 
@@ -63,11 +61,11 @@ def corner(tile, tiles_y, tiles_x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 @gluon.jit
 def load_weight(
     weight, weights, full, in_channels, out_channels, row, channel,
-    CHANNELS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr, TURNED: gl.constexpr,
+    CHANNELS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
-    """The weight of a program's output channels, in chunks."""
+    """Load the weight of a program's output channels, in chunks."""
     BYTES: gl.constexpr = CHANNELS * DEPTH * weight.dtype.element_ty.primitive_bitwidth // 8
-    if TURNED:
+    if TRANSPOSED:
         matrix = tma.make_tensor_descriptor(
             weight, [in_channels, out_channels], [row, 1], [DEPTH, CHANNELS], weights.layout
         )
@@ -77,7 +75,7 @@ def load_weight(
         )
     for k in gl.static_range(CHUNKS):
         mbarrier.expect(full.index(k), BYTES)
-        if TURNED:
+        if TRANSPOSED:
             tma.async_copy_global_to_shared(matrix, [k * DEPTH, channel], full.index(k), weights.index(k))
         else:
             tma.async_copy_global_to_shared(matrix, [channel, k * DEPTH], full.index(k), weights.index(k))
@@ -87,7 +85,7 @@ def load_weight(
 def load_features(
     feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     batch, height, width, in_channels = shape
     n_stride, y_stride, x_stride = strides
@@ -99,14 +97,24 @@ def load_features(
         [1, ROWS, COLUMNS, DEPTH], features.layout,
     )  # fmt: skip
     load_weight(
-        weight, weights, weight_full, in_channels, out_channels, weight_row, channel, CHANNELS, DEPTH, CHUNKS, TURNED
+        weight,
+        weights,
+        weight_full,
+        in_channels,
+        out_channels,
+        weight_row,
+        channel,
+        CHANNELS,
+        DEPTH,
+        CHUNKS,
+        TRANSPOSED,
     )
     chunk = 0
     for tile in range(first, tiles, step):
         n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
         for k in gl.static_range(CHUNKS):
             slot = chunk % STAGES
-            # In the first round the slots are free: the phase before a barrier's first counts as over.
+            # In the first round the slots are free: the phase before a barrier's first phase counts as over.
             mbarrier.wait(free.index(slot), (chunk // STAGES + 1) & 1)
             mbarrier.expect(full.index(slot), ROWS * COLUMNS * DEPTH * BYTES)
             tma.async_copy_global_to_shared(maps, [n, y, x, k * DEPTH], full.index(slot), features.index(slot))
@@ -125,7 +133,7 @@ def load_tops(
     BYTES: gl.constexpr = top.dtype.element_ty.primitive_bitwidth // 8
     if HAS_TOP:
         if FOLLOWS:
-            # Whoever reads a coarse pixel, and so whoever writes a result, comes after this.
+            # A group that writes a result has waited for coarse pixels, and they are loaded after this wait.
             gdc_wait()
         maps = tma.make_tensor_descriptor(
             top, [batch, height, width, channels], [n_stride, y_stride, x_stride, 1],
@@ -145,7 +153,7 @@ def load_tops(
 def multiply(
     result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
     GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
 ):  # fmt: skip
     out, batch, height, width, out_channels, n_stride, y_stride, x_stride = result
     weight_full, full, free, turns = barriers
@@ -153,33 +161,35 @@ def multiply(
     first, step, tiles, tiles_y, tiles_x = schedule
     DTYPE: gl.constexpr = out.dtype.element_ty
     PIXELS: gl.constexpr = ROWS * COLUMNS
-    # The slots that a tile's result takes, its own last ones.
+    # The result takes so many slots: the last ones of its own tile.
     PARTS: gl.constexpr = CHANNELS // DEPTH
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, CHANNELS, 16])
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, CHANNELS, 16]
+    )
     maps = tma.make_tensor_descriptor(
         out, [batch, height, width, out_channels], [n_stride, y_stride, x_stride, 1],
         [1, ROWS, COLUMNS, DEPTH], features.layout,
     )  # fmt: skip
-    c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(0, SUMS))
-    # A descriptor wants multiples of 16 bytes; told so, the compiler loads a thread's two neighbours at once.
+    c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(0, ACCUMULATOR))
+    # Descriptors need multiples of 16 bytes; with that stated, a thread loads its two neighbouring channels at once.
     inside = c < out_channels // 8 * 8
     for k in gl.static_range(CHUNKS):
         mbarrier.wait(weight_full.index(k), 0)
     count = GROUP
     for tile in range(first + GROUP * step, tiles, GROUPS * step):
         n, y, x = corner(tile, tiles_y, tiles_x, ROWS, COLUMNS)
-        total = gl.zeros([PIXELS, CHANNELS], gl.float32, SUMS)
+        total = gl.zeros([PIXELS, CHANNELS], gl.float32, ACCUMULATOR)
         if BIAS:
-            # The sum begins with it: no registers for it in the epilogue.
+            # The sum begins with the bias, which then needs no registers in the epilogue.
             total += gl.load(bias + c, mask=inside, other=0.0).to(gl.float32)[None, :]
         begin = count * CHUNKS
-        # The first group's first tile is nobody's next.
+        # The first tile of the first group follows no other tile.
         mbarrier.wait(turns.index(GROUP), (count // GROUPS + 1 - GROUP) & 1)
         for k in gl.static_range(CHUNKS):
             slot = (begin + k) % STAGES
             mbarrier.wait(full.index(slot), ((begin + k) // STAGES) & 1)
             pixels = features.index(slot).reshape([PIXELS, DEPTH])
-            if TURNED:
+            if TRANSPOSED:
                 total = warpgroup_mma(pixels, weights.index(k), total, is_async=True)
             else:
                 total = warpgroup_mma(pixels, weights.index(k).permute((1, 0)), total, is_async=True)
@@ -220,21 +230,21 @@ def multiply(
 
 @gluon.jit
 def barriers_of(COUNT: gl.constexpr):
-    """One barrier for each of COUNT buffers; one arrival ends a phase."""
+    """One barrier per buffer; one arrival ends a phase."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=1)
     return barriers
 
 
-@gluon.jit(do_not_specialize=NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS)
 def connect(
     feature, weight, bias, top, out, gain,
     batch, in_channels, out_channels, height, width, top_height, top_width,
     feature_n, feature_y, feature_x, weight_row,
     top_n, top_y, top_x, out_n, out_y, out_x,
     tiles, tiles_y, tiles_x, channel_tiles,
-    TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
+    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     FOLLOWS: gl.constexpr, LEADS: gl.constexpr,
@@ -244,7 +254,7 @@ def connect(
     DTYPE: gl.constexpr = feature.dtype.element_ty
     CHUNK: gl.constexpr = [1, ROWS, COLUMNS, DEPTH]
     features = gl.allocate_shared_memory(DTYPE, [STAGES] + CHUNK, gl.NVMMASharedLayout.get_default_for(CHUNK, DTYPE))
-    PANEL: gl.constexpr = [DEPTH, CHANNELS] if TURNED else [CHANNELS, DEPTH]
+    PANEL: gl.constexpr = [DEPTH, CHANNELS] if TRANSPOSED else [CHANNELS, DEPTH]
     weights = gl.allocate_shared_memory(
         DTYPE, [CHUNKS] + PANEL, gl.NVMMASharedLayout.get_default_for(PANEL, DTYPE)
     )  # fmt: skip
@@ -260,20 +270,20 @@ def connect(
         COARSE: gl.constexpr = [1, ROWS // 2, COLUMNS // 2, CHANNELS]
         tops = gl.allocate_shared_memory(DTYPE, [GROUPS] + COARSE, gl.NVMMASharedLayout.get_default_for(COARSE, DTYPE))
     else:
-        tops = features  # nobody touches them
-    # The arguments of a group stand in the call: a constexpr that goes through a variable is none afterwards.
+        tops = features  # not used
+    # The arguments are spelled out per group: a constexpr assigned to a variable is no constexpr any more.
     gl.warp_specialize([
         (multiply, (
             result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-            0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
+            0, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED, BIAS, HAS_TOP,
         )),
         (multiply, (
             result, bias, gain, features, weights, tops, barriers, top_barriers, channel, schedule,
-            1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP,
+            1, ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED, BIAS, HAS_TOP,
         )),
         (load_features, (
             feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
-            ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
+            ROWS, COLUMNS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED,
         )),
         (load_tops, (
             top, tops, top_barriers, top_shape, top_strides, channel, schedule,

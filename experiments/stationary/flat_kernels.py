@@ -1,26 +1,17 @@
-"""`stationary_kernels` for maps in NCHW, and for coarser maps of any size.  Device code, in Gluon, for Hopper.
+"""`stationary.kernels` for maps in NCHW, and for coarser maps of any size.  Device code, in Gluon, for Hopper.
 
-A tile is PIXELS of an image one after the other, whatever rows they are in, so that a bulk copy reads them along
-either axis: by channels (NHWC) or by pixels (NCHW), which tensor cores take as they lie.  The sums are [pixels,
-channels] for a result in NHWC and [channels, pixels] for one in NCHW.  Coarse pixels are gathered by their addresses
-while the products run: at half the size in NCHW one for each pair of fine ones, which lie in one row.
+A tile is PIXELS consecutive pixels of an image, across its rows, so that a bulk copy reads them along either axis: by
+channels (NHWC) or by pixels (NCHW), and tensor cores take both orders.  The accumulator is [pixels, channels] for a
+result in NHWC and [channels, pixels] for one in NCHW.  Coarse pixels are gathered by their addresses while the products
+run; at half the size in NCHW, one per pair of fine pixels, which lie in one row.
 
-Who does what, and the ring of chunks, is as there.
+The roles of the warps and the ring of chunks are the same as there.
 """
 
-# ruff: noqa: N803, N806, RUF005, SIM108 - what Gluon compiles: constexprs in capitals, no stars, a branch for each
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="no-redef"
+# ruff: noqa: N803, N806, RUF005, SIM108 - Gluon's idiom: constexprs in capitals, no stars, a branch for each
 
 from __future__ import annotations
 
-from fpn_kernels.backends.triton.stationary_kernels import (
-    GROUPS,
-    LOADING,
-    MULTIPLYING,
-    POINTERS,
-    barriers_of,
-    load_weight,
-)
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["FLOATS", "NUMBERS", "POINTERS", "connect"]
+from experiments.stationary.kernels import GROUPS, LOADING, MULTIPLYING, barriers_of, load_weight
 
-FLOATS = ("gain", "scale_y", "scale_x")
-NUMBERS = (
+_NUMBERS = (
     *("batch", "in_channels", "out_channels", "pixels", "width", "top_height", "top_width"),
     *("feature_n", "feature_row", "weight_row", "top_n", "top_c", "top_y", "top_x", "out_n", "out_row"),
     *("tiles", "tiles_of_image", "channel_tiles"),
@@ -44,7 +34,7 @@ NUMBERS = (
 
 @gluon.jit
 def source_of(index, scale, size, MODE: gl.constexpr):
-    """The coarse pixel of a fine one along an axis: `device.nearest_source`, in Gluon."""
+    """The coarse pixel of a fine pixel along an axis: `indexing.nearest_source`, in Gluon."""
     if MODE == "nearest-exact":
         position = (index.to(gl.float32) + 0.5) * scale
     else:
@@ -56,7 +46,7 @@ def source_of(index, scale, size, MODE: gl.constexpr):
 def load_features(
     feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
     FEATURE: gl.constexpr, PIXELS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr,
-    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     batch, pixels, in_channels = shape
     n_stride, row_stride = strides
@@ -64,7 +54,17 @@ def load_features(
     first, step, tiles, tiles_of_image = schedule
     BYTES: gl.constexpr = PIXELS * DEPTH * feature.dtype.element_ty.primitive_bitwidth // 8
     load_weight(
-        weight, weights, weight_full, in_channels, out_channels, weight_row, channel, CHANNELS, DEPTH, CHUNKS, TURNED
+        weight,
+        weights,
+        weight_full,
+        in_channels,
+        out_channels,
+        weight_row,
+        channel,
+        CHANNELS,
+        DEPTH,
+        CHUNKS,
+        TRANSPOSED,
     )
     if FEATURE == "channels":
         maps = tma.make_tensor_descriptor(
@@ -95,7 +95,7 @@ def gather(
     OUT: gl.constexpr, MODE: gl.constexpr, DOUBLED: gl.constexpr,
     PIXELS: gl.constexpr, CHANNELS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The coarse pixels of a tile, one a fine pixel or, DOUBLED, one a pair of them; of whole tiles of channels."""
+    """The coarse pixels of a tile of whole channels: one per fine pixel or, DOUBLED, one per pair."""
     SHARE: gl.constexpr = 2 if DOUBLED else 1
     height, top_width = shape
     n_stride, c_stride, y_stride, x_stride = strides
@@ -106,7 +106,7 @@ def gather(
     else:
         place = p // SHARE + gl.arange(0, PIXELS // SHARE, gl.SliceLayout(0, LAYOUT))
         c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(1, LAYOUT))
-    # Beyond the image the last pixel is read once more: no masks, and nobody writes what comes of it.
+    # Beyond the image the last pixel is read again, without a mask; the bulk copy does not write those results.
     place = gl.minimum(place, pixels // SHARE - 1)
     if DOUBLED:
         y = place // top_width
@@ -115,7 +115,7 @@ def gather(
         y = place // width
         source_x = source_of(place - y * width, scale_x, top_width, MODE)
         if OUT == "channels":
-            # Whole 16 bytes, as for a descriptor: a thread's two neighbouring channels are one access.
+            # Multiples of 16 bytes, as for a descriptor: two neighbouring channels of a thread are one access.
             y_stride = y_stride // 8 * 8
             x_stride = x_stride // 8 * 8
             n_stride = n_stride // 8 * 8
@@ -129,7 +129,7 @@ def gather(
 
 @gluon.jit
 def slot_of_result(features, slot, ALIKE: gl.constexpr, PART: gl.constexpr, LAYOUT: gl.constexpr):
-    """A slot of the ring as a part of the result, which may lie along the other axis than the pixels in it."""
+    """A slot of the ring as a part of the result, whose contiguous axis may differ from that of the pixels."""
     part = features.index(slot)
     if not ALIKE:
         part = part._reinterpret(features.dtype, PART, LAYOUT)
@@ -141,7 +141,7 @@ def multiply(
     result, top, bias, gain, features, weights, barriers, channel, schedule,
     GROUP: gl.constexpr, FEATURE: gl.constexpr, OUT: gl.constexpr, MODE: gl.constexpr, DOUBLED: gl.constexpr,
     PIXELS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-    TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr, FOLLOWS: gl.constexpr,
+    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
     out, batch, pixels, width, out_channels, n_stride, row_stride = result
     top_start, top_shape, top_strides, scales = top
@@ -150,7 +150,7 @@ def multiply(
     DTYPE: gl.constexpr = out.dtype.element_ty
     PARTS: gl.constexpr = CHANNELS // DEPTH
     if OUT == "channels":
-        SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, CHANNELS, 16]
         )
         SHAPE: gl.constexpr = [PIXELS, CHANNELS]
@@ -159,10 +159,10 @@ def multiply(
         maps = tma.make_tensor_descriptor(
             out, [batch, pixels, out_channels], [n_stride, row_stride, 1], PART, PART_LAYOUT
         )
-        c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(0, SUMS))
+        c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(0, ACCUMULATOR))
         inside = c < out_channels // 8 * 8
     else:
-        SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 16]
         )
         SHAPE: gl.constexpr = [CHANNELS, PIXELS]
@@ -171,7 +171,7 @@ def multiply(
         maps = tma.make_tensor_descriptor(
             out, [batch, out_channels, pixels], [n_stride, row_stride, 1], PART, PART_LAYOUT
         )
-        c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(1, SUMS))
+        c = channel + gl.arange(0, CHANNELS, gl.SliceLayout(1, ACCUMULATOR))
         inside = c < out_channels
     for k in gl.static_range(CHUNKS):
         mbarrier.wait(weight_full.index(k), 0)
@@ -179,7 +179,7 @@ def multiply(
     for tile in range(first + GROUP * step, tiles, GROUPS * step):
         n = tile // tiles_of_image
         p = (tile - n * tiles_of_image) * PIXELS
-        total = gl.zeros(SHAPE, gl.float32, SUMS)
+        total = gl.zeros(SHAPE, gl.float32, ACCUMULATOR)
         if BIAS:
             addend = gl.load(bias + c, mask=inside, other=0.0).to(gl.float32)
             if OUT == "channels":
@@ -191,7 +191,7 @@ def multiply(
         for k in gl.static_range(CHUNKS):
             slot = (begin + k) % STAGES
             mbarrier.wait(full.index(slot), ((begin + k) // STAGES) & 1)
-            # Of the pixels, [pixels, DEPTH] or [DEPTH, pixels]; of the weight, [channels, DEPTH] or [DEPTH, channels].
+            # The pixels are [pixels, DEPTH] or [DEPTH, pixels], the weight [channels, DEPTH] or [DEPTH, channels].
             if FEATURE == "channels":
                 some = features.index(slot).reshape([PIXELS, DEPTH])
             else:
@@ -199,9 +199,9 @@ def multiply(
             panel = weights.index(k)
             if OUT == "channels":
                 left = some if FEATURE == "channels" else some.permute((1, 0))
-                right = panel if TURNED else panel.permute((1, 0))
+                right = panel if TRANSPOSED else panel.permute((1, 0))
             else:
-                left = panel.permute((1, 0)) if TURNED else panel
+                left = panel.permute((1, 0)) if TRANSPOSED else panel
                 right = some.permute((1, 0)) if FEATURE == "channels" else some
             total = warpgroup_mma(left, right, total, is_async=True)
             if k > 0 and k <= CHUNKS - PARTS:
@@ -209,15 +209,17 @@ def multiply(
                 mbarrier.arrive(free.index((begin + k - 1) % STAGES), count=1)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
         if FOLLOWS:
-            # Coarse pixels are read, and results written, after this; from the second time on it does nothing.
+            # Coarse pixels are read, and results written, after this wait; after the first one it does nothing.
             gdc_wait()
         total = warpgroup_mma_wait(0, deps=[total])
         if HAS_TOP:
             if DOUBLED:
-                PAIRS: gl.constexpr = gl.zeros(SHAPE, gl.float32, SUMS).reshape([CHANNELS, PIXELS // 2, 2]).type.layout
+                PAIRS: gl.constexpr = (
+                    gl.zeros(SHAPE, gl.float32, ACCUMULATOR).reshape([CHANNELS, PIXELS // 2, 2]).type.layout
+                )
                 COARSE: gl.constexpr = gl.SliceLayout(2, PAIRS)
             else:
-                COARSE: gl.constexpr = SUMS
+                COARSE: gl.constexpr = ACCUMULATOR
             coarse = gather(
                 top_start, n, p, channel, top_shape, top_strides, scales, pixels, width,
                 OUT, MODE, DOUBLED, PIXELS, CHANNELS, COARSE,
@@ -260,23 +262,23 @@ def multiply(
         count += GROUPS
 
 
-@gluon.jit(do_not_specialize=NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS)
 def connect(
     feature, weight, bias, top, out, gain, scale_y, scale_x,
     batch, in_channels, out_channels, pixels, width, top_height, top_width,
     feature_n, feature_row, weight_row, top_n, top_c, top_y, top_x, out_n, out_row,
     tiles, tiles_of_image, channel_tiles,
     FEATURE: gl.constexpr, OUT: gl.constexpr, MODE: gl.constexpr, DOUBLED: gl.constexpr,
-    TURNED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
+    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, HAS_TOP: gl.constexpr,
     PIXELS: gl.constexpr, CHANNELS: gl.constexpr, DEPTH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
     FOLLOWS: gl.constexpr, LEADS: gl.constexpr,
 ):  # fmt: skip
-    """FEATURE and OUT are axes of `geometry.inner_axis`: along which the maps are contiguous."""
+    """FEATURE and OUT are axes of `geometry.inner_axis`, along which the maps are contiguous."""
     if LEADS:
         gdc_launch_dependents()
     DTYPE: gl.constexpr = feature.dtype.element_ty
     CHUNK: gl.constexpr = [1, PIXELS, DEPTH] if FEATURE == "channels" else [1, DEPTH, PIXELS]
-    PANEL: gl.constexpr = [DEPTH, CHANNELS] if TURNED else [CHANNELS, DEPTH]
+    PANEL: gl.constexpr = [DEPTH, CHANNELS] if TRANSPOSED else [CHANNELS, DEPTH]
     features = gl.allocate_shared_memory(DTYPE, [STAGES] + CHUNK, gl.NVMMASharedLayout.get_default_for(CHUNK, DTYPE))
     weights = gl.allocate_shared_memory(DTYPE, [CHUNKS] + PANEL, gl.NVMMASharedLayout.get_default_for(PANEL, DTYPE))
     barriers = barriers_of(CHUNKS), barriers_of(STAGES), barriers_of(STAGES), barriers_of(GROUPS)
@@ -286,18 +288,18 @@ def connect(
     result = (out, batch, pixels, width, out_channels, out_n, out_row)
     coarser = (top, (top_height, top_width), (top_n, top_c, top_y, top_x), (scale_y, scale_x))
     shape, strides = (batch, pixels, in_channels), (feature_n, feature_row)
-    # The arguments of a group stand in the call: a constexpr that goes through a variable is none afterwards.
+    # The arguments are spelled out per group: a constexpr assigned to a variable is no constexpr any more.
     gl.warp_specialize([
         (multiply, (
             result, coarser, bias, gain, features, weights, barriers, channel, schedule,
-            0, FEATURE, OUT, MODE, DOUBLED, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP, FOLLOWS,
+            0, FEATURE, OUT, MODE, DOUBLED, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED, BIAS, HAS_TOP, FOLLOWS,
         )),
         (multiply, (
             result, coarser, bias, gain, features, weights, barriers, channel, schedule,
-            1, FEATURE, OUT, MODE, DOUBLED, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED, BIAS, HAS_TOP, FOLLOWS,
+            1, FEATURE, OUT, MODE, DOUBLED, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED, BIAS, HAS_TOP, FOLLOWS,
         )),
         (load_features, (
             feature, weight, features, weights, barriers, shape, strides, weight_row, out_channels, channel, schedule,
-            FEATURE, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TURNED,
+            FEATURE, PIXELS, CHANNELS, DEPTH, CHUNKS, STAGES, TRANSPOSED,
         )),
     ], [4, 1], [MULTIPLYING, LOADING])  # fmt: skip

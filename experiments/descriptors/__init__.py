@@ -1,0 +1,1 @@
+"""`lateral_connection` over tensor descriptors, in a persistent schedule."""
