@@ -1,8 +1,7 @@
-"""The compiled library: loads it once, says why where there is none, and hands it the calls.
+"""The compiled library: loads it once, reports why it is missing, and calls it.
 
-`csrc/` is built into one shared library beside this package, which registers kernels of its own through the
-LibTorch stable ABI.  Nothing is loaded before the first question about it, and a library that is there but will
-not load keeps its first error, for `python -m fpn_kernels` to show.
+`csrc/` is built into one shared library in this package, which registers its operators through the LibTorch stable ABI.
+It is loaded on first use; if that fails, the first error is kept and shown by `python -m fpn_kernels`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fpn_kernels.backends.layouts import allocate, allocator, requested_format, 
 from fpn_kernels.backends.selection import AtOnce, Backend, Implementation
 from fpn_kernels.resampling import MODES
 
-# The variable names another build of it, such as one with sanitizers.
+# The path of another build, e.g. one with sanitizers.
 ENVIRONMENT_VARIABLE = "FPN_KERNELS_LIBRARY"
 LIBRARY = pathlib.Path(
     os.environ.get(ENVIRONMENT_VARIABLE) or pathlib.Path(__file__).resolve().parents[1] / "_native.so"
@@ -31,15 +30,17 @@ LIBRARY = pathlib.Path(
 
 _CURE = "`make build`, or `pip install --no-build-isolation .`, builds it"
 
-# The numbers by which the library knows the modes.
+# The library's numbers of the modes.
 _MODE_NUMBERS = {mode: number for number, mode in enumerate(MODES)}
 # Elements of a vector of float32 sums.
 _VECTOR = 16
+# Queries of the product that computes a call (csrc/README.md).
+_PATHS = ("lateral_connection_path", "output_conv_path", "output_conv_backward_weight_path")
 
 
 @functools.cache
 def load_error() -> str | None:
-    """Loads the library; why it cannot be used, or None."""
+    """Load the library; returns the reason why it cannot be used, or None."""
     try:
         if not LIBRARY.is_file():
             return f"the compiled library was not built ({LIBRARY}); {_CURE}"
@@ -49,8 +50,8 @@ def load_error() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the compiled library would not load: {error}; {_CURE}"
-    # One that an earlier version of the sources left behind loads, and would fail at its first call.
-    missing = [name for name in _IMPLEMENTATIONS if not hasattr(torch.ops.fpn_kernels_native, name)]
+    # A library of earlier sources loads, and would fail at the first call.
+    missing = [name for name in (*_IMPLEMENTATIONS, *_PATHS) if not hasattr(torch.ops.fpn_kernels_native, name)]
     if missing:
         return f"the compiled library {LIBRARY} is of another version: it has no {', '.join(missing)}; {_CURE}"
     return None
