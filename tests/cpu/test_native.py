@@ -17,6 +17,7 @@ from fpn_kernels.backends import native
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LAYOUTS = ["nchw", "nhwc", "sliced", "permuted", pytest.param("sliced-nhwc", marks=pytest.mark.nightly)]
 WIDE = Sizes(1, 33, (5, 40), (10, 80), "lines of whole vectors, and channels with a tail")
 
 
@@ -39,7 +40,7 @@ def _on_every_isa(levels: list[int], compute: Callable[[], tuple[torch.Tensor, .
             )
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced-nhwc", "permuted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", resampling.MODES)
 def test_vector_and_scalar_paths_agree_bit_for_bit(
@@ -60,7 +61,7 @@ def test_vector_and_scalar_paths_agree_bit_for_bit(
         )
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced-nhwc", "permuted"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", resampling.MODES)
 def test_weighted_merges_agree_bit_for_bit(mode: str, dtype: torch.dtype, layout: str, levels: list[int]) -> None:
@@ -93,6 +94,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_in_eager(dtype: torch.dtype,
             torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", resampling.MODES)

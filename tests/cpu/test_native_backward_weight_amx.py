@@ -50,7 +50,6 @@ class Case(NamedTuple):
 CASES = [
     Case(1, 64, 64, (8, 31)),  # whole tiles, panels and steps of 32 positions, with the zero after each row
     Case(2, 9, 17, (7, 9)),  # tails in every dimension
-    Case(1, 256, 256, (25, 40)),  # C5 of an 800 x 1280 image: several blocks
     Case(1, 257, 33, (13, 10)),  # one channel after whole chunks, one after a panel
     Case(3, 33, 70, (40, 41)),  # many blocks over several maps; five tiles of output channels
     Case(1, 40, 33, (9, 30)),  # the distance of two rows plus one is a whole step
@@ -60,6 +59,8 @@ CASES = [
     Case(1, 12, 40, (75, 1)),  # one column
     Case(2, 1, 1, (1, 1)),  # one channel, one pixel
 ]
+# C5 of an 800 x 1280 image: several blocks
+LARGE = pytest.param(Case(1, 256, 256, (25, 40)), marks=pytest.mark.nightly)
 
 
 def whole_numbers(shape: tuple[int, ...], layout: str, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -101,7 +102,7 @@ def called(grad: Tensor, feature: Tensor, result: str = "nchw") -> tuple[bool, T
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("result", FORMATS)
 @pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), *FORMAT_PAIRS[1:3]], ids="-".join)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_whole_numbers_bit_for_bit(case: Case, layouts: tuple[str, str], result: str) -> None:
     """Each product of pixels is in its sum, and no other."""
     grad = whole_numbers((case.batch, case.cout, *case.size), layouts[0])
@@ -113,7 +114,7 @@ def test_whole_numbers_bit_for_bit(case: Case, layouts: tuple[str, str], result:
 
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("layouts", FORMAT_PAIRS, ids="-".join)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_error_against_float64(case: Case, layouts: tuple[str, str]) -> None:
     grad = random_map((case.batch, case.cout, *case.size), DTYPE, layout=layouts[0])
     feature = random_map((case.batch, case.cin, *case.size), DTYPE, layout=layouts[1])
@@ -124,6 +125,7 @@ def test_error_against_float64(case: Case, layouts: tuple[str, str]) -> None:
         assert oracle.no_worse_than_eager(ours, theirs, true)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("sign", ["any", "positive"])
 def test_long_sums(sign: str) -> None:

@@ -24,13 +24,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
     Case(1, 64, 64, (16, 32)),  # whole tiles, panels and blocks
     Case(2, 19, 27, (15, 17)),  # tails in every dimension
-    Case(1, 256, 256, (25, 40)),  # C5 of an 800 x 1280 image: several parts
     Case(1, 129, 33, (23, 30)),  # one channel after whole parts, one after a panel
     Case(3, 33, 145, (21, 22)),  # blocks that continue from map to map; a part of one row of sums
     Case(40, 16, 24, (3, 2)),  # more maps than a block has tiles
     Case(1, 31, 80, (2, 301)),  # one line of tiles
     Case(1, 16, 40, (130, 1)),  # one column
 ]
+# C5 of an 800 x 1280 image: several parts
+LARGE = pytest.param(Case(1, 256, 256, (25, 40)), marks=pytest.mark.nightly)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def _maps(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("result", ["nchw", "nhwc"])
 @pytest.mark.parametrize("layout", ["nhwc", "sliced-nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_whole_numbers_bit_for_bit(case: Case, dtype: torch.dtype, layout: str, result: str) -> None:
     """Each product of pixels is in its sum, and no other; half sums are exact as well."""
     grad = whole_numbers((case.batch, case.cout, *case.size), layout, dtype)
@@ -62,7 +63,7 @@ def test_whole_numbers_bit_for_bit(case: Case, dtype: torch.dtype, layout: str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_error_against_float64(case: Case, dtype: torch.dtype) -> None:
     grad, feature = _maps(case, dtype)
     served, of_weight, of_bias = called(grad, feature)
@@ -72,6 +73,7 @@ def test_error_against_float64(case: Case, dtype: torch.dtype) -> None:
         assert oracle.no_worse_than_eager(ours, theirs, true)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sign", ["any", "positive"])
 def test_long_sums(sign: str) -> None:
     """A quarter of a million pixels; with one sign, the sum outgrows its terms."""

@@ -81,7 +81,6 @@ class Case(NamedTuple):
 CASES = [
     Case(1, 64, 64, (8, 32)),  # whole tiles, groups of tiles, panels and chains of sums
     Case(2, 9, 17, (7, 9)),  # tails in every dimension
-    Case(1, 256, 256, (25, 40)),  # C5 of an 800 x 1280 image
     Case(1, 257, 33, (13, 10)),  # one channel after whole vectors and chains, one after a panel
     Case(1, 31, 80, (19, 29)),  # C5 of a 600 x 900 image, half a panel
     Case(5, 16, 24, (5, 3)),  # blocks that continue from map to map
@@ -89,6 +88,8 @@ CASES = [
     Case(1, 12, 40, (75, 2)),  # one column of tiles
     Case(1, 500, 32, (9, 20)),  # more channels, fewer tiles in a block, a tail of four in every sum
 ]
+# C5 of an 800 x 1280 image
+LARGE = pytest.param(Case(1, 256, 256, (25, 40)), marks=pytest.mark.nightly)
 
 
 def _operands(case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +109,7 @@ def _poisoned(case: Case, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tens
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("result", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_values(case: Case, dtype: torch.dtype, layout: str, result: str) -> None:
     feature, weight, bias = _operands(case, dtype, layout)
     for given in (bias, None):

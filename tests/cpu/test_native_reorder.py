@@ -71,6 +71,7 @@ def test_bits_are_moved_as_they_are(levels: list[int]) -> None:
                 assert torch.equal(out, every)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("asked", FORMATS)
 @pytest.mark.parametrize(
     "shape", [(1, 64, 512, 400), (1, 96, 361, 367), (2, 33, 400, 512)], ids=["aligned", "odd pixels", "odd channels"]
