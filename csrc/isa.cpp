@@ -69,10 +69,12 @@ int64_t limit_level(int64_t limit) {
   return static_cast<int64_t>(isa());
 }
 
-// float32: 228 GFLOP/s per core on Zen 5, where MKL stays at an AVX2 rate of 108. float16 without AVX512_FP16: oneDNN's
-// convolution reaches at most a seventh of this library's rate (Zen 5).  With AVX512_FP16 (an Intel Xeon) the 3x3
-// convolution of C3 took 89 ms by oneDNN, 34 here. bfloat16 pairs: measured on Zen 5 only.  bfloat16 without AVX-512:
-// oneDNN has no kernel, and ATen's loops take tens of times as long as float32.
+// Measurements behind the choice:
+// - float32: 228 GFLOP/s per core on Zen 5, where MKL stays at an AVX2 rate of 108.
+// - float16 without AVX512_FP16: oneDNN's convolution reaches at most a seventh of this library's rate (Zen 5).  With
+//   AVX512_FP16 (an Intel Xeon) the 3x3 convolution of C3 took 89 ms by oneDNN, 34 here.
+// - bfloat16 pairs: measured on Zen 5 only.  AMX tiles: see amx/tile_product.h.
+// - bfloat16 without AVX-512: oneDNN has no kernel, and ATen's loops take tens of times as long as float32.
 Product product_of([[maybe_unused]] Dtype dtype) {
 #if defined(__x86_64__)
   if (isa() < Isa::avx2 || !__builtin_cpu_supports("fma")) return Product::none;

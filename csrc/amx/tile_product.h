@@ -56,7 +56,7 @@ struct Sum {
 };
 
 // Computes sums[tile][row][panel_channels] for the tiles at left[0 .. tiles], and calls meanwhile.step() after each
-// tap. Registers 0 to 5 are accumulators, 6 the left and 7 the right operand (16 rows).
+// tap.  Registers 0 to 5 are accumulators, 6 the left and 7 the right operand (16 rows).
 template <int tiles, class Meanwhile>
 inline void multiply(
     const std::byte* const* left, const std::byte* right, const Sum& sum, float* sums, Meanwhile& meanwhile) {

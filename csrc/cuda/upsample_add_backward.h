@@ -1,7 +1,7 @@
 // grad_top = gain * adjoint of the resize: the code of one thread on each path, and the choice of the path.
 //
 // A gather: each coarse pixel sums the fine pixels that read it, rows first, in the order of the CPU kernel, bit for
-// bit. Compiles for the host as well, so that tests/cuda/ runs every path without a GPU.
+// bit.  Compiles for the host as well, so that tests/cuda/ runs every path without a GPU.
 #pragma once
 
 #include <type_traits>

@@ -37,12 +37,10 @@ void choose_blocks(LateralConnection& call, int64_t batch) {
   return line_bytes(call.cout * columns, 4) + std::max(packed, lines);
 }
 
-// PyTorch's convolution, followed by the merge, is faster on NHWC maps in two cases.
-//
-// bfloat16, short sums and no top.  This library's time relative to it: on Zen 5 1.03 to 1.05 at 256 and 1,024
-// channels, 0.88 at 2,048; by AMX tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024 and 0.84 at 2,048.
-//
-// float32, long sums: 1.07, 1.14 and 1.28 at 512, 1,024 and 2,048 channels (an Intel Xeon with AMX).
+// Whether PyTorch's convolution, followed by the merge, is faster on NHWC maps.
+// - bfloat16, short sums and no top.  This library's time relative to the convolution: on Zen 5 1.03 to 1.05 at 256 and
+//   1,024 channels, 0.88 at 2,048; by AMX tiles 1.07 at 256, 1.13 at 512, 0.89 at 1,024 and 0.84 at 2,048.
+// - float32, long sums: 1.07, 1.14 and 1.28 at 512, 1,024 and 2,048 channels (an Intel Xeon with AMX).
 bool convolution_is_faster_nhwc(Dtype dtype, int64_t cin, bool has_top) {
   if (dtype == Dtype::bfloat16) return cin <= 1024 && !has_top && onednn_multiplies_bfloat16();
   return dtype == Dtype::float32 && cin >= 512;

@@ -3,7 +3,7 @@
 //   grad_weight[o, i, tap] = sum over pixels p of grad[p, o] * feature[p + offset of the tap, i].
 //
 // The sum runs over positions (backward_weight_amx_kernel.h): a tap is a constant offset, and values beyond an edge are
-// zero. A unit is a part of the output channels by a part of the input channels, over all positions.  Units have
+// zero.  A unit is a part of the output channels by a part of the input channels, over all positions.  Units have
 // separate sums, so the result does not depend on the number of threads.  Per block of positions, both operands are
 // copied to scratch memory and their products are added to the sums, which stay there in float32.
 //

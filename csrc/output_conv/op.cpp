@@ -9,13 +9,14 @@ namespace fpn::cpu {
 
 namespace {
 
-// Whether Winograd's filtering is faster than PyTorch's convolution in the same layout.  float32 on one thread of Zen
-// 4, 256 to 256 channels: 1.6 times as fast from 7 x 10 pixels, 1.2 on 4 x 8; 0.9 on 4 x 4, where the weight transform
-// dominates, and 0.9 on a single row, where oneDNN skips the padding.  Up to 16 output channels leave half a panel
-// empty (0.9); 8 input channels are the fewest with a gain in both layouts.  Beyond 512 the sums round more than
-// oneDNN's.  By AVX2 on two cores of Zen 3: 1.2 to 1.8 times as fast from 13 x 20 pixels. float16: oneDNN runs at a
-// fifth of float32's rate at most.  bfloat16 with hardware support: no gain (220 against 225 GFLOP/s for the plain
-// sum).
+// Whether Winograd's filtering is faster than PyTorch's convolution in the same layout.
+// - float32 on one thread of Zen 4, 256 to 256 channels: 1.6 times as fast from 7 x 10 pixels, 1.2 on 4 x 8; 0.9 on
+//   4 x 4, where the weight transform dominates, and 0.9 on a single row, where oneDNN skips the padding.
+// - float32 by AVX2 on two cores of Zen 3: 1.2 to 1.8 times as fast from 13 x 20 pixels.
+// - Up to 16 output channels leave half a panel empty (0.9).  8 input channels are the fewest with a gain in both
+//   layouts.  Beyond 512 input channels the sums round more than oneDNN's.
+// - float16: oneDNN runs at a fifth of float32's rate at most.
+// - bfloat16 with hardware support: no gain (220 against 225 GFLOP/s for the plain sum).
 bool winograd_is_faster(const OutputConv& call) {
   const int64_t height = call.feature.height, width = call.feature.width, pixels = call.batch * height * width;
   if (call.dtype != Dtype::float32) return call.cin > 0 && pixels >= 8;

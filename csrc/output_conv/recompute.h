@@ -31,7 +31,7 @@ inline int64_t list_failed(
 }
 
 // Recomputes in float64, so that a result is infinite only if the sum exceeds float32, not if a term or a partial sum
-// does. The padding is multiplied by the weight as zeros (NaN for an infinite weight), like in oneDNN.  sums: sixteen
+// does.  The padding is multiplied by the weight as zeros (NaN for an infinite weight), like in oneDNN.  sums: sixteen
 // doubles per pixel; list: a buffer for all pixels.
 template <class T>
 void recompute(
