@@ -18,18 +18,18 @@ inline __m512i rounded(__m512 low, __m512 high) {
 }
 
 // Offsets of the block's pixels in the result, by their index in scratch memory; negative: no such pixel.
-using Places = const int64_t*;
+using Offsets = const int64_t*;
 
 // add.channels(channel) returns a function (sums, index) -> results for sixteen channels of the pixel with this index.
 template <class Add>
 class Writer {
  public:
-  Writer(const fpn::Result& out, int64_t n, int64_t cout, int64_t rows, Places places, const Add& add)
+  Writer(const fpn::Result& out, int64_t n, int64_t cout, int64_t rows, Offsets offsets, const Add& add)
       : out_(out),
         map_(static_cast<uint16_t*>(out.data) + n * out.stride_n),
         cout_(cout),
         rows_(rows),
-        places_(places),
+        offsets_(offsets),
         add_(add),
         nchw_(out.stride_x == 1 && out.stride_c != 1),
         parts_(nchw_ ? 2 : rows) {}
@@ -67,15 +67,15 @@ class Writer {
   // The panel's channels of `count` pixels.  The tiles use most of the load bandwidth, so constants stay in registers.
   void write_rows(int64_t tile, int64_t row, int64_t count) {
     const int64_t first = starts_[tile] + row, channel = panel_ * panel_channels;
-    const int64_t* places = places_ + first;
+    const int64_t* offsets = offsets_ + first;
     const float* sums = sums_ + (tile * tile_pixels + row) * panel_channels;
     uint16_t* const to = map_ + channel;
     const __mmask32 exist = first_halves(cout_ - channel);
     const auto low = add_.channels(channel), high = add_.channels(channel + 16);
     for (int64_t i = 0; i < count; ++i, sums += panel_channels) {
-      if (places[i] < 0) continue;
+      if (offsets[i] < 0) continue;
       const __m512i line = rounded(low(_mm512_loadu_ps(sums), first + i), high(_mm512_loadu_ps(sums + 16), first + i));
-      _mm512_mask_storeu_epi16(to + places[i], exist, line);
+      _mm512_mask_storeu_epi16(to + offsets[i], exist, line);
     }
   }
 
@@ -85,24 +85,24 @@ class Writer {
     const int64_t channels = cout_ - channel < 16 ? cout_ - channel : 16;
     if (channels <= 0) return;
     const float* sums = sums_ + tile * tile_pixels * panel_channels + 16 * half;
-    const int64_t* places = places_ + starts_[tile];
+    const int64_t* offsets = offsets_ + starts_[tile];
     const auto finished = add_.channels(channel);
     Register lines[16];
     for (int64_t i = 0; i < tile_pixels; ++i, sums += panel_channels) {
-      const bool exists = i < rows_ && places[i] >= 0;
+      const bool exists = i < rows_ && offsets[i] >= 0;
       lines[i] = exists ? _mm512_castps_si512(finished(_mm512_loadu_ps(sums), starts_[tile] + i))
                         : _mm512_setzero_si512();
     }
     transpose_registers<4>(lines);
     for (int64_t i = 0; i < rows_;) {
-      if (places[i] < 0) {
+      if (offsets[i] < 0) {
         ++i;
         continue;
       }
       const int64_t first = i;
-      for (++i; i < rows_ && places[i] == places[i - 1] + 1;) ++i;
+      for (++i; i < rows_ && offsets[i] == offsets[i - 1] + 1;) ++i;
       const __mmask16 exist = static_cast<__mmask16>(((1u << i) - 1) & ~((1u << first) - 1));
-      uint16_t* to = map_ + places[first] - first + channel * out_.stride_c;
+      uint16_t* to = map_ + offsets[first] - first + channel * out_.stride_c;
       for (int64_t c = 0; c < channels; ++c, to += out_.stride_c) {
         const __m256bh line = _mm512_cvtneps_pbh(_mm512_castsi512_ps(lines[c]));
         _mm256_mask_storeu_epi16(to, exist, reinterpret_cast<__m256i>(line));
@@ -113,7 +113,7 @@ class Writer {
   const fpn::Result out_;
   uint16_t* const map_;
   const int64_t cout_, rows_;
-  const Places places_;
+  const Offsets offsets_;
   const Add add_;
   const bool nchw_;
   const int64_t parts_;  // jobs per tile

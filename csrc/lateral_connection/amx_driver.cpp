@@ -35,9 +35,9 @@ void choose_blocks(AmxLateralConnection& all, int64_t batch) {
   all.fetches = pixels * call.cin * 2 >= streaming_bytes;
   all.plane = line * amx_pixel_bytes;
   all.sums_at = all.plane * all.weight.chunks;
-  all.places_at = all.sums_at + 2 * amx_sums_bytes;
-  all.top_places_at = all.places_at + line_bytes(line + amx_tile_pixels, sizeof(int64_t));
-  all.scratch_bytes = all.top_places_at + line_bytes(line, amx_top_place_bytes);
+  all.offsets_at = all.sums_at + 2 * amx_sums_bytes;
+  all.top_offsets_at = all.offsets_at + line_bytes(line + amx_tile_pixels, sizeof(int64_t));
+  all.scratch_bytes = all.top_offsets_at + line_bytes(line, amx_top_offsets_bytes);
 }
 
 }  // namespace

@@ -18,11 +18,11 @@ using fpn::cpu::AmxLateralConnection;
 using fpn::cpu::LateralConnection;
 
 // The four elements of the top that a pixel reads, as offsets, and the weights of the lower row and the right column.
-struct TopPlace {
+struct TopOffsets {
   int64_t above_left, above_right, below_left, below_right;
   float below, right;
 };
-static_assert(sizeof(TopPlace) == fpn::cpu::amx_top_place_bytes);
+static_assert(sizeof(TopOffsets) == fpn::cpu::amx_top_offsets_bytes);
 
 enum class Top { none, nearest, bilinear };
 
@@ -32,7 +32,7 @@ struct AddTop {
   const LateralConnection& call;
   const BFloat16* top;     // of this map
   const int64_t* nearest;  // offset per pixel
-  const TopPlace* bilinear;
+  const TopOffsets* bilinear;
 
   static __m512 read(const BFloat16* from, __mmask16 exist) {
     const __m256i bits = _mm256_maskz_loadu_epi16(exist, from);
@@ -46,13 +46,13 @@ struct AddTop {
     if constexpr (kind == Top::none) {
       return [=](__m512 sums, int64_t) { return _mm512_add_ps(sums, bias); };
     } else if constexpr (kind == Top::nearest) {
-      return [=, places = nearest](__m512 sums, int64_t place) {
-        const __m512 merged = _mm512_add_ps(_mm512_add_ps(sums, bias), read(from + places[place], exist));
+      return [=, offsets = nearest](__m512 sums, int64_t index) {
+        const __m512 merged = _mm512_add_ps(_mm512_add_ps(sums, bias), read(from + offsets[index], exist));
         return _mm512_mul_ps(merged, gain);
       };
     } else {
-      return [=, places = bilinear](__m512 sums, int64_t place) {
-        const TopPlace& at = places[place];
+      return [=, offsets = bilinear](__m512 sums, int64_t index) {
+        const TopOffsets& at = offsets[index];
         const __m512 right = _mm512_set1_ps(at.right), left = _mm512_set1_ps(1 - at.right);
         const auto line = [&](int64_t first, int64_t second) {
           const __m512 west = _mm512_mul_ps(left, read(from + first, exist));
@@ -91,32 +91,32 @@ void copy_block(const AmxLateralConnection& all, const PixelBlock& block, std::b
 }
 
 // The pixels' offsets in the result.
-void find_places(const LateralConnection& call, const PixelBlock& block, int64_t* places) {
+void find_offsets(const LateralConnection& call, const PixelBlock& block, int64_t* offsets) {
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t y = (block.first + i) / call.width, x = (block.first + i) % call.width;
-    places[i] = y * call.out.stride_y + x * call.out.stride_x;
+    offsets[i] = y * call.out.stride_y + x * call.out.stride_x;
   }
-  for (int64_t i = 0; i < tile_pixels; ++i) places[block.count + i] = -1;
+  for (int64_t i = 0; i < tile_pixels; ++i) offsets[block.count + i] = -1;
 }
 
 // The offsets of a pixel's elements of the top.
-inline void read_place(const LateralConnection& call, int64_t y, int64_t x, int64_t& place) {
-  place = call.rows.lower[y] * call.top.stride_y + call.columns.lower[x] * call.top.stride_x;
+inline void read_offset(const LateralConnection& call, int64_t y, int64_t x, int64_t& offset) {
+  offset = call.rows.lower[y] * call.top.stride_y + call.columns.lower[x] * call.top.stride_x;
 }
 
-inline void read_place(const LateralConnection& call, int64_t y, int64_t x, TopPlace& place) {
+inline void read_offset(const LateralConnection& call, int64_t y, int64_t x, TopOffsets& offsets) {
   const int64_t above = call.rows.lower[y] * call.top.stride_y, left = call.columns.lower[x] * call.top.stride_x;
   const int64_t below = call.rows.upper[y] * call.top.stride_y, right = call.columns.upper[x] * call.top.stride_x;
-  place = {above + left, above + right, below + left, below + right, call.rows.weight[y], call.columns.weight[x]};
+  offsets = {above + left, above + right, below + left, below + right, call.rows.weight[y], call.columns.weight[x]};
 }
 
-template <class Place>
-Place* find_top_places(const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch) {
-  Place* places = reinterpret_cast<Place*>(scratch + all.top_places_at);
+template <class Offset>
+Offset* find_top_offsets(const AmxLateralConnection& all, const PixelBlock& block, std::byte* scratch) {
+  Offset* offsets = reinterpret_cast<Offset*>(scratch + all.top_offsets_at);
   for (int64_t i = 0; i < block.count; ++i) {
-    read_place(all.call, (block.first + i) / all.call.width, (block.first + i) % all.call.width, places[i]);
+    read_offset(all.call, (block.first + i) / all.call.width, (block.first + i) % all.call.width, offsets[i]);
   }
-  return places;
+  return offsets;
 }
 
 // The memory of a block: one range of pixels, or one range per channel.
@@ -151,8 +151,8 @@ void multiply_block(
     Prefetcher& prefetcher) {
   float* sums = reinterpret_cast<float*>(scratch + all.sums_at);
   float* held = sums + group_tiles * tile_pixels * panel_channels;
-  int64_t* places = reinterpret_cast<int64_t*>(scratch + all.places_at);
-  find_places(all.call, block, places);
+  int64_t* offsets = reinterpret_cast<int64_t*>(scratch + all.offsets_at);
+  find_offsets(all.call, block, offsets);
   const int64_t tap = 0, steps = std::max<int64_t>(1, all.weight.chunks);
   const bool in_place = reads_in_place(all, block);
   const Sum sum = in_place ? Sum{all.weight.chunks, pixel_bytes, all.call.feature.stride_x * 2, &tap, 1}
@@ -163,7 +163,7 @@ void multiply_block(
         (block.n * all.call.feature.stride_n + block.first * all.call.feature.stride_x) * 2;
   }
   const int64_t tiles = (block.count + tile_pixels - 1) / tile_pixels, groups = (tiles + group_tiles - 1) / group_tiles;
-  Writer writer(all.call.out, block.n, all.call.cout, tile_pixels, places, add);
+  Writer writer(all.call.out, block.n, all.call.cout, tile_pixels, offsets, add);
   WriteAndPrefetch<Writer<Add>> meanwhile{writer, prefetcher};
   prefetcher.start(groups * all.weight.panels * steps);
   for (int64_t group = 0; group < groups; ++group) {
@@ -193,10 +193,10 @@ void merge_block(const AmxLateralConnection& all, const PixelBlock& block, std::
   }
   const auto* top = static_cast<const BFloat16*>(call.top.data) + block.n * call.top.stride_n;
   if (call.bilinear) {
-    const AddTop<Top::bilinear> add{call, top, nullptr, find_top_places<TopPlace>(all, block, scratch)};
+    const AddTop<Top::bilinear> add{call, top, nullptr, find_top_offsets<TopOffsets>(all, block, scratch)};
     return multiply_block(all, block, scratch, add, prefetcher);
   }
-  const AddTop<Top::nearest> add{call, top, find_top_places<int64_t>(all, block, scratch), nullptr};
+  const AddTop<Top::nearest> add{call, top, find_top_offsets<int64_t>(all, block, scratch), nullptr};
   multiply_block(all, block, scratch, add, prefetcher);
 }
 

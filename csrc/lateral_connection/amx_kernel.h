@@ -5,15 +5,15 @@
 
 namespace fpn::cpu {
 
-// Bytes of what one pixel reads of the top (TopPlace in amx_kernel.amx.cpp).
-constexpr int64_t amx_top_place_bytes = 40;
+// Bytes of what one pixel reads of the top (TopOffsets in amx_kernel.amx.cpp).
+constexpr int64_t amx_top_offsets_bytes = 40;
 
 // A lateral connection of bfloat16 maps by AMX tiles.  A unit is a block of pixels.
 struct AmxLateralConnection {
   LateralConnection call;
   AmxWeight weight;
   int64_t plane;  // bytes from 32 channels to the next 32 in scratch memory
-  int64_t sums_at, places_at, top_places_at, scratch_bytes;
+  int64_t sums_at, offsets_at, top_offsets_at, scratch_bytes;
   bool in_place;  // whole tiles of the feature are read without a copy
   bool fetches;   // the maps are too large for the caches
 };

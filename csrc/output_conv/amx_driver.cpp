@@ -39,9 +39,9 @@ void choose_blocks(AmxOutputConv& call) {
   const int64_t rows = divide_up(height, call.blocks_down) + 2;
   call.plane = rows * call.pitch * amx_pixel_bytes;
   call.sums_at = call.plane * call.weight.chunks;
-  call.places_at = call.sums_at + 2 * amx_sums_bytes;
+  call.offsets_at = call.sums_at + 2 * amx_sums_bytes;
   // The last tile may extend beyond the last row.
-  call.scratch_bytes = call.places_at + line_bytes(rows * call.pitch + amx_tile_pixels, sizeof(int64_t));
+  call.scratch_bytes = call.offsets_at + line_bytes(rows * call.pitch + amx_tile_pixels, sizeof(int64_t));
 }
 
 }  // namespace

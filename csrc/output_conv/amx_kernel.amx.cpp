@@ -81,13 +81,13 @@ inline int64_t tile_count(const AmxOutputConv& call, const Block& block) {
 }
 
 // The pixels' offsets in the result; -1 on the border and beyond the block.
-void find_places(const AmxOutputConv& call, const Block& block, int64_t* places) {
+void find_offsets(const AmxOutputConv& call, const Block& block, int64_t* offsets) {
   const fpn::Result& out = call.out;
-  for (int64_t row = 0; row < block.height; ++row, places += call.pitch) {
+  for (int64_t row = 0; row < block.height; ++row, offsets += call.pitch) {
     const int64_t first = (block.y + row) * out.stride_y + block.x * out.stride_x;
-    for (int64_t x = 0; x < call.pitch; ++x) places[x] = x < block.width ? first + x * out.stride_x : -1;
+    for (int64_t x = 0; x < call.pitch; ++x) offsets[x] = x < block.width ? first + x * out.stride_x : -1;
   }
-  for (int64_t x = 0; x < tile_pixels; ++x) places[x] = -1;
+  for (int64_t x = 0; x < tile_pixels; ++x) offsets[x] = -1;
 }
 
 // Computes panels first .. last of the block's result.
@@ -95,12 +95,12 @@ void convolve_block(const AmxOutputConv& call, const Block& block, int64_t first
   copy_block(call, block, scratch);
   float* sums = reinterpret_cast<float*>(scratch + call.sums_at);
   float* held = sums + group_tiles * tile_pixels * panel_channels;
-  int64_t* places = reinterpret_cast<int64_t*>(scratch + call.places_at);
-  find_places(call, block, places);
+  int64_t* offsets = reinterpret_cast<int64_t*>(scratch + call.offsets_at);
+  find_offsets(call, block, offsets);
   int64_t taps[9];
   for (int64_t tap = 0; tap < 9; ++tap) taps[tap] = (tap / 3 * call.pitch + tap % 3) * pixel_bytes;
   const Sum sum{call.weight.chunks, call.plane, pixel_bytes, taps, 9};
-  Writer writer(call.out, block.n, call.weight.cout, call.rows, places, AddBias{call.bias});
+  Writer writer(call.out, block.n, call.weight.cout, call.rows, offsets, AddBias{call.bias});
   const int64_t tiles = tile_count(call, block), groups = (tiles + group_tiles - 1) / group_tiles;
   for (int64_t panel = first; panel < last; ++panel) {
     const std::byte* weight = call.weight.packed + panel * call.weight.chunks * 9 * panel_bytes;

@@ -17,7 +17,7 @@ struct AmxOutputConv {
   bool flat;              // the tiles continue from row to row
   int64_t parts;          // of a block's output channels, each a unit
   int64_t pitch, plane;   // scratch memory: pixels from row to row, bytes from 32 channels to the next 32
-  int64_t sums_at, places_at, scratch_bytes;
+  int64_t sums_at, offsets_at, scratch_bytes;
 };
 
 }  // namespace fpn::cpu

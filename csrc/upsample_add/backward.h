@@ -9,8 +9,9 @@ namespace fpn::cpu {
 // Units of the kernel; bias_sums has one line of sums per unit (backward_kernel.h).
 int64_t backward_units(const Argument& grad, const Output& grad_top);
 
-// own: the addend, with the strides of grad_top; or null.  bias_sums: a buffer for the sums of all units; or null.
+// upstream: the upstream gradient of top, with the strides of grad_top; or null.  bias_sums: a buffer for the sums of
+// all units; or null.
 void gather_gradient(
-    const Argument& grad, const Argument* own, Mode mode, double gain, const Output& grad_top, double* bias_sums);
+    const Argument& grad, const Argument* upstream, Mode mode, double gain, const Output& grad_top, double* bias_sums);
 
 }  // namespace fpn::cpu

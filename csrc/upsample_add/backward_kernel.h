@@ -5,13 +5,13 @@
 
 namespace fpn::cpu {
 
-// grad_top = addend + gain * adjoint of the resize; optionally also the sums of grad for the bias, in float64.
+// grad_top = upstream + gain * adjoint of the resize; optionally also the sums of grad for the bias, in float64.
 // A unit is a row of grad_top: (n * C + c) * height + y in NCHW, n * height + y in NHWC.
 struct UpsampleAddBackward {
   Dtype dtype;
   Map grad;
   Result grad_top;
-  const void* own;  // the addend, with the strides of grad_top; or null
+  const void* upstream;  // the upstream gradient of top, with the strides of grad_top; or null
   int64_t channels, top_height, top_width;
   AdjointAxis rows, columns;
   double gain;

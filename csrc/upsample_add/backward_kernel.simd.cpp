@@ -30,17 +30,17 @@ inline V fetch(const T* from, Part part) {
   return fetch<V>(padded, Whole{});
 }
 
-// Stores a result, plus the addend if there is one.
+// Stores a result, plus the upstream gradient if there is one.
 template <class V, class T, class Extent>
-inline void finish(T* out, const T* own, int64_t i, V value, Extent extent) {
-  store(out + i, own == nullptr ? value : fetch<V>(own + i, extent) + value, extent);
+inline void finish(T* out, const T* upstream, int64_t i, V value, Extent extent) {
+  store(out + i, upstream == nullptr ? value : fetch<V>(upstream + i, extent) + value, extent);
 }
 
-// The addend of the result at `out`, or null.
+// The upstream gradient of the result at `out`, or null.
 template <class T>
-inline const T* own_at(const UpsampleAddBackward& call, const T* out) {
+inline const T* upstream_at(const UpsampleAddBackward& call, const T* out) {
   const int64_t offset = out - static_cast<const T*>(call.grad_top.data);
-  return call.own == nullptr ? nullptr : static_cast<const T*>(call.own) + offset;
+  return call.upstream == nullptr ? nullptr : static_cast<const T*>(call.upstream) + offset;
 }
 
 template <class V, class T, class Extent>
@@ -85,7 +85,7 @@ void nchw_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
     const T* grad = static_cast<const T*>(call.grad.data) + n * call.grad.stride_n + c * call.grad.stride_c;
     T* out = static_cast<T*>(call.grad_top.data) + n * call.grad_top.stride_n + c * call.grad_top.stride_c +
         s * call.grad_top.stride_y;
-    const T* own = own_at<T>(call, out);
+    const T* upstream = upstream_at<T>(call, out);
     const int64_t first = call.rows.begin[s], count = call.rows.count[s];
     if (count == 0) {
       over<V>(width, [&](int64_t i, auto extent) { store(summed + i, broadcast<V>(0), extent); });
@@ -124,7 +124,7 @@ void nchw_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
     }
     if (call.columns.doubled && top_width >= V::width) {
       over<V>(top_width, [&](int64_t i, auto extent) {
-        finish(out, own, i, gain * pair_sums(load(summed + 2 * i), load(summed + 2 * i + V::width)), extent);
+        finish(out, upstream, i, gain * pair_sums(load(summed + 2 * i), load(summed + 2 * i + V::width)), extent);
       });
       continue;
     }
@@ -134,7 +134,7 @@ void nchw_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
         const V value = gather<V>(summed, call.columns.index + k * top_width + i, extent);
         sum = sum + weighted(load(column_weights + k * top_width + i, extent), value);
       }
-      finish(out, own, i, gain * sum, extent);
+      finish(out, upstream, i, gain * sum, extent);
     });
   }
 }
@@ -152,7 +152,7 @@ void four_by_four(
     int64_t channels,
     V gain,
     T* out,
-    const T* own) {
+    const T* upstream) {
   V down[4], along[4];
   for (int k = 0; k < 4; ++k) {
     down[k] = broadcast<V>(row_weights[k * rows]);
@@ -169,7 +169,7 @@ void four_by_four(
       }
       sum = sum + along[l] * column;
     }
-    finish(out, own, i, gain * sum, extent);
+    finish(out, upstream, i, gain * sum, extent);
   });
 }
 
@@ -185,7 +185,7 @@ void nhwc_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
     const int64_t n = unit / call.top_height, s = unit % call.top_height;
     const T* grad = static_cast<const T*>(call.grad.data) + n * call.grad.stride_n;
     T* out = static_cast<T*>(call.grad_top.data) + n * call.grad_top.stride_n + s * call.grad_top.stride_y;
-    const T* own = own_at<T>(call, out);
+    const T* upstream = upstream_at<T>(call, out);
     double* sums = call.bias_sums == nullptr ? nullptr : call.bias_sums + unit * channels;
     const int64_t first = call.rows.begin[s], count = call.rows.count[s];
     int64_t stride_x = call.grad.stride_x, stride_y = call.grad.stride_y, offset_y = 0;
@@ -218,7 +218,7 @@ void nhwc_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
         }
       }
     }
-    for (int64_t t = 0; t < call.top_width; ++t, out += channels, own += own == nullptr ? 0 : channels) {
+    for (int64_t t = 0; t < call.top_width; ++t, out += channels, upstream += upstream == nullptr ? 0 : channels) {
       const int64_t left = call.columns.begin[t], columns = call.columns.count[t];
       const T* corner = grad + (first - offset_y) * stride_y + left * stride_x;
       if (even) {
@@ -228,7 +228,7 @@ void nhwc_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
           const V north_west = fetch<V>(corner + i, extent), north_east = fetch<V>(corner + stride_x + i, extent);
           const V south_west = fetch<V>(below + i, extent), south_east = fetch<V>(below + stride_x + i, extent);
           const V sum = (north_west + south_west) + (north_east + south_east);
-          finish(out, own, i, gain * sum, extent);
+          finish(out, upstream, i, gain * sum, extent);
           if (sums == nullptr) return;
           if constexpr (sums_pixels<T> && std::is_same<V, Floats>::value) {
             add_to_sums(sums + i, extent, north_west, north_east, south_west, south_east);
@@ -241,7 +241,7 @@ void nhwc_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
       if (count == 4 && columns == 4 && call.bilinear) {
         four_by_four<T, V>(
             corner, stride_x, stride_y, row_weights + s, call.top_height, column_weights + t, call.top_width, channels,
-            gain, out, own);
+            gain, out, upstream);
         continue;
       }
       over_once<V>(channels, [&](int64_t i, auto extent) {
@@ -255,7 +255,7 @@ void nhwc_rows(const UpsampleAddBackward& call, int64_t begin, int64_t end, std:
           }
           sum = call.bilinear ? sum + broadcast<V>(column_weights[l * call.top_width + t]) * column : sum + column;
         }
-        finish(out, own, i, gain * sum, extent);
+        finish(out, upstream, i, gain * sum, extent);
         if (sums != nullptr && !pixels_first) add_to_sums(sums + i, extent, sum);
       });
     }

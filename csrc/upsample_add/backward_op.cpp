@@ -12,13 +12,13 @@ int64_t backward_units(const Argument& grad, const Output& grad_top) {
 }
 
 void gather_gradient(
-    const Argument& grad, const Argument* own, Mode mode, double gain, const Output& grad_top, double* bias_sums) {
+    const Argument& grad, const Argument* upstream, Mode mode, double gain, const Output& grad_top, double* bias_sums) {
   UpsampleAddBackward call{};
   call.dtype = grad.dtype();
   call.grad = grad.map();
   call.grad_top = grad_top.result();
   call.channels_last = call.grad_top.stride_x != 1;
-  call.own = own == nullptr ? nullptr : own->data();
+  call.upstream = upstream == nullptr ? nullptr : upstream->data();
   call.channels = grad.size(1);
   call.top_height = grad_top.size(2);
   call.top_width = grad_top.size(3);

@@ -62,7 +62,7 @@ void merge_backward(
 }  // namespace fpn::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fpn_kernels_native, m) {
-  // own: the addend, with the strides of grad_top.
+  // own: the upstream gradient of top, with the strides of grad_top.
   m.def(
       "merge_backward(Tensor grad, Tensor? own, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) "
       "-> ()");

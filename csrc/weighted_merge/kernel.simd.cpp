@@ -72,11 +72,11 @@ void nchw_rows(const WeightedMerge& call, int64_t begin, int64_t end, std::byte*
   V factors[max_inputs];
   broadcast_factors(call, factors);
   std::optional<ResizedRows<T, V>> resized[max_inputs];
-  std::byte* own[max_inputs];
+  std::byte* buffers[max_inputs];
   for (int64_t k = 0; k < call.count; ++k) {
     const WeightedMap& input = call.inputs[k];
     if (input.resized) resized[k].emplace(input.map, input.rows, input.columns, width, scratch);
-    own[k] = scratch;
+    buffers[k] = scratch;
     if (!input.resized || call.bilinear) scratch += line_bytes(width, input.resized ? 8 : sizeof(T));
   }
   int64_t plane = -1;
@@ -89,7 +89,7 @@ void nchw_rows(const WeightedMerge& call, int64_t begin, int64_t end, std::byte*
       const WeightedMap& input = call.inputs[k];
       if (!input.resized) {
         const T* from = row<T>(input.map, n, y) + c * input.map.stride_c;
-        lines[k].plain = packed(from, input.map.stride_x, width, reinterpret_cast<T*>(own[k]));
+        lines[k].plain = packed(from, input.map.stride_x, width, reinterpret_cast<T*>(buffers[k]));
         continue;
       }
       if (enters) resized[k]->enter(n, c);
@@ -97,7 +97,7 @@ void nchw_rows(const WeightedMerge& call, int64_t begin, int64_t end, std::byte*
       lines[k].resized = resized[k]->lower();
       if (!call.bilinear) continue;
       const A *lower = resized[k]->lower(), *upper = resized[k]->upper();
-      A* blended = reinterpret_cast<A*>(own[k]);
+      A* blended = reinterpret_cast<A*>(buffers[k]);
       const A weight = weights(input.rows, A())[y];
       const V high = broadcast<V>(weight), low = broadcast<V>(1 - weight);
       over<V>(width, [&](int64_t i, auto extent) {

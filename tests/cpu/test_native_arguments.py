@@ -273,7 +273,7 @@ def test_a_bias_whose_numbers_are_apart_is_refused(make: Callable[[Tensor], Tens
     _refused("lateral_connection", {**arguments, "bias": make(torch.zeros(40))}, "bias", "bias: expected a stride of 1")
 
 
-def test_an_addend_with_other_strides_is_refused() -> None:
+def test_an_upstream_gradient_with_other_strides_is_refused() -> None:
     arguments = _arguments("merge_backward", torch.float32)
     for wrong in (arguments["own"].contiguous(memory_format=torch.channels_last), arguments["own"].mT.contiguous().mT):
         _refused("merge_backward", {**arguments, "own": wrong}, "own", "own: expected the strides of grad_top")

@@ -1,5 +1,5 @@
-// Runs what csrc/cuda does in each thread, one thread after another, on the host: every path and all of its index
-// arithmetic without a GPU.  Built by cuda_on_host.py; called through ctypes.
+// Runs the threads of the kernels in csrc/cuda one after another on the host, without a GPU: every path and its index
+// arithmetic.  Built by cuda_on_host.py and called through ctypes.
 
 #include "../../csrc/cuda/upsample_add.h"
 #include "../../csrc/cuda/upsample_add_backward.h"
@@ -38,7 +38,7 @@ int64_t merge_run(const UpsampleAdd* call, int64_t path) { return run_call(*call
 int64_t adjoint_path(const UpsampleAddBackward* call) { return static_cast<int64_t>(path_of(*call)); }
 int64_t adjoint_run(const UpsampleAddBackward* call, int64_t path) { return run_call(*call, path); }
 
-// The variant that counts in 64 bits, which a call reaches at 2^31 elements.
+// The variant with 64-bit counts, for maps of 2^31 elements or more.
 void merge_run_large(const UpsampleAdd* call) {
   if (call->mode == Mode::bilinear) {
     OneByOne()(StridedMerge<float, true, Large>(*call), StridedMerge<float, true, Large>::items(*call));
@@ -54,7 +54,7 @@ void adjoint_run_large(const UpsampleAddBackward* call) {
   }
 }
 
-// The first of `count` numbers, `step` apart, from `first` on, whose quotient or remainder is wrong; or -1.
+// The first of the numbers first, first + step, ... with a wrong quotient or remainder; or -1.
 int64_t wrong_division(int64_t divisor, int64_t first, int64_t step, int64_t count) {
   const FastDivide by(divisor);
   for (int64_t i = 0; i < count; ++i) {
@@ -66,12 +66,12 @@ int64_t wrong_division(int64_t divisor, int64_t first, int64_t step, int64_t cou
   return -1;
 }
 
-// Whether the ranges that the adjoint gathers are, for every coarse pixel, the fine ones that read it in the forward.
+// Whether the adjoint's range of every coarse pixel is exactly the fine pixels that read it in the forward.
 int64_t ranges_are_exact(int64_t coarse, int64_t fine, int64_t mode) {
   int32_t reader = 0;
   const auto moves_on = [&](int32_t begin, int32_t end, int32_t s, auto reads) {
     if (begin < 0 || end < begin || end > fine) return false;
-    // Readers are in order: those before `begin` and from `end` on are the ones that must not read s.
+    // Readers are in order: pixels before `begin` and from `end` must not read s.
     for (; reader < begin; ++reader) {
       if (reads(reader, s)) return false;
     }
