@@ -1,21 +1,19 @@
 """Builds the package, and csrc/ into one shared library.  Metadata and tools are in pyproject.toml.
 
-The library knows no Python: it is written against the LibTorch stable ABI and loaded by torch.ops.load_library.
-What cannot be built here (no torch, no compiler, no ninja) is left out, with the reason in the build's output, and
-the package works without it.
+The library is written against the LibTorch stable ABI, without Python, and loaded by torch.ops.load_library.  If it
+cannot be built (no torch, no compiler, no ninja), the build prints the reason, and the package works without it.
 
-The kernels for CUDA are built where there are nvcc and a torch with CUDA.  nvcc is all that they need: no GPU, and with
-FORCE_CUDA=1 not even that torch.
+CUDA kernels are built if there are nvcc and a torch with CUDA.  They need no GPU; with FORCE_CUDA=1, any torch.
 
 Environment:
     CXX                    the compiler (default: the first of c++, g++, clang++)
-    CXXFLAGS, LDFLAGS      added to its command lines
-    FORCE_CUDA             "1": kernels for CUDA with any torch; "0": without them
-    CUDA_HOME              where bin/nvcc is (default: nvcc on the PATH)
-    TORCH_CUDA_ARCH_LIST   the GPUs to build for, such as "8.0;9.0a;10.0+PTX"
-    NVCC_APPEND_FLAGS      added to its command lines by nvcc itself
+    CXXFLAGS, LDFLAGS      additional flags of compiler and linker
+    FORCE_CUDA             "1": CUDA kernels with any torch; "0": no CUDA kernels
+    CUDA_HOME              the folder of bin/nvcc (default: nvcc on the PATH)
+    TORCH_CUDA_ARCH_LIST   the GPUs to build for, e.g. "8.0;9.0a;10.0+PTX"
+    NVCC_APPEND_FLAGS      additional flags, read by nvcc itself
     FPN_KERNELS_SANITIZE   "1": AddressSanitizer and UndefinedBehaviorSanitizer
-    MAX_JOBS               how many compilers at once
+    MAX_JOBS               the number of parallel compilers
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-# The library runs under this torch and every later one, whichever torch's headers it was built with.
+# The library loads under this torch and later ones, whichever torch's headers it was built with.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 OLDEST_TORCH = (2, 10)
 
@@ -50,38 +48,36 @@ COMMON_FLAGS = [
     "-Wextra",
     "-fvisibility=hidden",
     "-fno-math-errno",
-    # Every level of the kernels gives the same bits, and the source indices are those of resampling.py: no product
-    # and sum may be fused into one rounding.
+    # No multiply-add contraction: all ISAs give the same bits, and source indices equal those of resampling.py.
     "-ffp-contract=off",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]
 SANITIZE_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"),
-    "-Wno-maybe-uninitialized",  # which GCC itself calls unreliable together with sanitizers
+    "-Wno-maybe-uninitialized",  # unreliable with sanitizers, says GCC's manual
 ]
 
+# The name of a source in csrc/ defines how it is compiled.  A plain name (`op.cpp`) is compiled once, for any CPU.  A
+# kernel has a mark between two dots (`kernel.simd.cpp`) and is compiled once per ISA below, with these flags and with
+# -DFPN_ISA=<isa>, the namespace of its functions.  The library selects the ISA at run time (csrc/isa.h).
 AVX2_FLAGS = ["-mavx2", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-
-# A file with one of these endings is compiled once a level, and the CPU's own is chosen at run time; the products
-# of matrices of floats for the levels that fuse a product and a sum.
-LEVELS_BY_ENDING: dict[str, dict[str, list[str]]] = {"_kernel": {"portable": []}, "_floats": {}}
-# A file with one of these endings is compiled for these instructions alone, and left out on other processors.
-FLAGS_BY_ENDING: dict[str, list[str] | None] = {"_avx512bf16": None, "_amx": None}
-if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS_BY_ENDING["_kernel"].update(avx2=AVX2_FLAGS, avx512=AVX512_FLAGS)
-    LEVELS_BY_ENDING["_floats"].update(avx2=[*AVX2_FLAGS, "-mfma"], avx512=AVX512_FLAGS)
-    FLAGS_BY_ENDING.update(_avx512bf16=[*AVX512_FLAGS, "-mavx512bf16"])
-# Compilers since GCC 11 and Clang 12 know these; with another, FPN_AMX is not defined.
-AMX_FLAGS = ["-mamx-tile", "-mamx-bf16"]
+BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+AMX_FLAGS = [*BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
+ISAS_BY_MARK: dict[str, dict[str, list[str]]] = {
+    "simd": {"portable": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS},
+    "fma": {"avx2": [*AVX2_FLAGS, "-mfma"], "avx512": AVX512_FLAGS},
+    "avx512bf16": {"avx512bf16": BF16_FLAGS},
+    "amx": {"amx": AMX_FLAGS},
+}
 
 
-# Sources for each GPU that is supported; the newest one also as PTX, which later GPUs compile for themselves.
+# The supported GPUs.  The newest also as PTX, from which the driver compiles for later GPUs.
 ARCHITECTURES = ("8.0", "9.0a", "10.0+PTX")
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
-    # As -ffp-contract=off above; the kernels wait for memory, not for arithmetic.
+    # Like -ffp-contract=off above.  No cost: the kernels are memory-bound.
     "-fmad=false",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
@@ -90,13 +86,13 @@ NVCC_FLAGS = [
 
 
 def torch_directory() -> pathlib.Path | None:
-    """Where torch is installed, without importing it."""
+    """The folder of torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else pathlib.Path(spec.origin).parent
 
 
 def torch_too_old() -> str | None:
-    """That the torch here has no stable ABI of the version that is compiled against, without importing it; or None."""
+    """The reason why torch is too old for the stable ABI version, or None; without importing it."""
     directory = torch_directory()
     version = None if directory is None else directory / "version.py"
     if version is None or not version.is_file():
@@ -117,13 +113,20 @@ def compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def knows_amx() -> bool:
-    """Whether the AMX kernels can be compiled here."""
-    command, flags = compiler(), FLAGS_BY_ENDING["_avx512bf16"]
-    if command is None or flags is None:
+def compiler_accepts(flags: list[str]) -> bool:
+    """Whether the C++ compiler has the intrinsics that these flags enable."""
+    command = compiler()
+    if command is None:
         return False
-    probe = [*command, *flags, *AMX_FLAGS, "-fsyntax-only", "-x", "c++", "-include", "immintrin.h", "/dev/null"]
+    probe = [*command, *flags, "-fsyntax-only", "-x", "c++", "-include", "immintrin.h", "/dev/null"]
     return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+def isas_by_mark() -> dict[str, dict[str, list[str]]]:
+    """`ISAS_BY_MARK`, restricted to this processor's family and to the compiler (AMX: GCC 11, Clang 12)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {mark: {"portable": []} if mark == "simd" else {} for mark in ISAS_BY_MARK}
+    return {**ISAS_BY_MARK, "amx": ISAS_BY_MARK["amx"] if compiler_accepts(AMX_FLAGS) else {}}
 
 
 def ninja() -> list[str] | None:
@@ -135,7 +138,7 @@ def ninja() -> list[str] | None:
 
 
 def left_out() -> str | None:
-    """Why the compiled library cannot be built here, or None."""
+    """The reason why the compiled library cannot be built, or None."""
     if sys.platform != "linux":
         return f"it is built on Linux only, and this is {sys.platform}"
     if torch_directory() is None:
@@ -162,17 +165,16 @@ def nvcc() -> str | None:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the torch here is a build with CUDA, without importing it."""
+    """Whether torch is a build with CUDA, without importing it."""
     directory = torch_directory()
     version = None if directory is None else directory / "version.py"
     return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
 
 
 def cuda_mismatch() -> str | None:
-    """What to know where nvcc and torch are of different CUDA versions, or None.
+    """A warning if nvcc and torch are of different CUDA versions, or None.
 
-    The library links nvcc's runtime statically, so the two do not meet; but a runtime needs a driver of its own major
-    version, and the one that serves this torch may be older.
+    The library links nvcc's runtime statically, so both can coexist.  But each requires a driver of its major version.
     """
     tool, directory = nvcc(), torch_directory()
     if tool is None or directory is None:
@@ -183,20 +185,20 @@ def cuda_mismatch() -> str | None:
     if ours is None or torchs is None or ours[1] == torchs[1]:
         return None
     return (
-        f"nvcc is of CUDA {ours[1]} and this torch of CUDA {torchs[1]}: the kernels for CUDA need a driver that serves"
-        f" CUDA {ours[1]}, and without one Triton or PyTorch serves; CUDA_HOME names an nvcc of CUDA {torchs[1]}"
+        f"nvcc is of CUDA {ours[1]} and this torch of CUDA {torchs[1]}: the kernels for CUDA need a driver that has"
+        f" CUDA {ours[1]}, else Triton or PyTorch is used; CUDA_HOME names an nvcc of CUDA {torchs[1]}"
     )
 
 
 def cuda_left_out() -> str | None:
-    """Why the kernels for CUDA cannot be built here, or are not wanted; or None."""
-    wanted = os.environ.get("FORCE_CUDA")
-    if wanted == "0":
+    """The reason why CUDA kernels are not built, or None."""
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
         return "FORCE_CUDA=0"
     if sanitizing():
         return "the sanitizers are for the CPU"
-    if wanted != "1" and not torch_has_cuda():
-        return "this torch has no CUDA (FORCE_CUDA=1 builds them all the same)"
+    if force != "1" and not torch_has_cuda():
+        return "this torch has no CUDA (FORCE_CUDA=1 builds them nevertheless)"
     if nvcc() is None:
         home = os.environ.get("CUDA_HOME")
         return f"there is no nvcc in CUDA_HOME={home!r}" if home else "there is no nvcc"
@@ -208,10 +210,10 @@ def cuda_left_out() -> str | None:
 
 
 def architectures() -> list[str]:
-    """The GPUs to build for: those of TORCH_CUDA_ARCH_LIST, or those supported that this nvcc knows.
+    """The GPUs to build for: TORCH_CUDA_ARCH_LIST, or the supported GPUs that nvcc has.
 
     Raises:
-        ValueError: there are none, or something in the list is not a compute capability.
+        ValueError: there are none, or an entry of the list is not a compute capability.
     """
     named = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, \t"))
     if any(named):
@@ -229,7 +231,7 @@ def architectures() -> list[str]:
 
 
 def architecture_flag(name: str) -> str:
-    """nvcc's flag for one of them."""
+    """nvcc's flag for one GPU."""
     number = name.replace(".", "").removesuffix("+PTX")
     code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
@@ -240,7 +242,7 @@ def report(message: str) -> None:
 
 
 class NinjaFile:
-    """A build.ninja: one rule a language, one statement an object, one library."""
+    """A build.ninja: one rule per language, one statement per object, one library."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.path = directory / "build.ninja"
@@ -267,7 +269,7 @@ class NinjaFile:
 
     def write(self) -> None:
         text = "\n".join(self.lines)
-        # Left alone where nothing changed, so that ninja has nothing to do.
+        # An unchanged file is not written, so that ninja has nothing to do.
         if not self.path.is_file() or self.path.read_text() != text:
             self.path.write_text(text)
 
@@ -277,14 +279,14 @@ def command_line(arguments: list[str]) -> str:
 
 
 def for_nvcc(flag: str) -> str:
-    """A flag of the linking compiler as nvcc takes it."""
+    """A linker flag of the C++ compiler, for nvcc."""
     if flag.startswith("-Wl,"):
         return f"-Xlinker={flag.removeprefix('-Wl,')}"
     return flag if flag.startswith(("-L", "-l")) or not flag.startswith("-") else f"-Xcompiler={flag}"
 
 
 def add_cuda(build: NinjaFile, include: list[str]) -> list[str]:
-    """Adds the kernels for CUDA to a build; returns the command that links them."""
+    """Add the CUDA kernels to a build; returns the linker's command."""
     tool = nvcc()
     assert tool is not None
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
@@ -292,37 +294,33 @@ def add_cuda(build: NinjaFile, include: list[str]) -> list[str]:
     build.rule("nvcc", [command_line([tool, *flags]), "-MMD -MF $out.d -c $in -o $out"])
     for source in sorted(CSRC.glob("cuda/*.cu")):
         build.compile("nvcc", source, "", [])
-    # nvcc knows where its runtime is; linked statically, it is one library less that has to be found.
+    # nvcc finds its static runtime; a shared one would have to be found at run time.
     return [tool, *host, "-shared", "-cudart", "static"]
 
 
 def write_ninja_file(directory: pathlib.Path, library: str, *, cuda: bool = False) -> None:
-    """The build of csrc/ in a directory."""
+    """Write the build.ninja of csrc/ into a folder."""
     torch = torch_directory()
     cxx = compiler()
     assert torch is not None and cxx is not None
     sanitize = SANITIZE_FLAGS if sanitizing() else []
     include = ["-isystem", str(torch / "include")]
-    flags_by_ending = dict(FLAGS_BY_ENDING)
-    amx = []
-    if knows_amx():
-        flags_by_ending["_amx"] = [*(FLAGS_BY_ENDING["_avx512bf16"] or []), *AMX_FLAGS]
-        amx = ["-DFPN_AMX"]
+    isas = isas_by_mark()
+    amx = ["-DFPN_AMX"] if isas["amx"] else []
     flags = [*COMMON_FLAGS, *amx, *sanitize, *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     build = NinjaFile(directory)
     build.rule("cxx", [command_line([*cxx, *flags]), "-MMD -MF $out.d $flags -c $in -o $out"])
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *(CSRC.glob("cuda/*.cpp") if cuda else [])]
-    for source in sorted(sources):
-        ending = next((e for e in (*LEVELS_BY_ENDING, *flags_by_ending) if source.stem.endswith(e)), None)
-        if ending is None:
+    for source in sorted(CSRC.rglob("*.cpp")):
+        if source.parent.name == "cuda" and not cuda:
+            continue
+        mark = pathlib.Path(source.stem).suffix.removeprefix(".")
+        if not mark:
             build.compile("cxx", source, "", [])
-        elif ending in LEVELS_BY_ENDING:
-            for level, level_flags in LEVELS_BY_ENDING[ending].items():
-                build.compile("cxx", source, f"_{level}", [f"-DFPN_LEVEL={level}", *level_flags])
-        elif (own_flags := flags_by_ending[ending]) is not None:
-            build.compile("cxx", source, "", own_flags)
+            continue
+        for isa, isa_flags in isas[mark].items():
+            build.compile("cxx", source, f".{isa}", [f"-DFPN_ISA={isa}", *isa_flags])
     linker = add_cuda(build, include) if cuda else [*cxx, "-shared", *sanitize]
     if cuda:
         libraries = [for_nvcc(flag) for flag in libraries]
@@ -332,17 +330,17 @@ def write_ninja_file(directory: pathlib.Path, library: str, *, cuda: bool = Fals
 
 
 class BuildNative(build_ext):
-    """Runs ninja; what fails to build is left out."""
+    """Runs ninja.  If a build fails, the package is built without the library."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # One library for every Python: no tag in its name.
+        # One library for every Python, so there is no tag in its name.
         return str(pathlib.Path(*fullname.split(".")).with_suffix(".so"))
 
     def run(self) -> None:
-        # setuptools builds elsewhere first, and copies what there is then.
+        # setuptools resets `inplace`, builds in another folder and copies the result.
         self.for_source_tree = bool(self.inplace)
         if self.editable_mode:
-            # Not in a folder that is deleted afterwards: `build_ext --inplace` would compile it all once more.
+            # A folder that is kept, so that `build_ext --inplace` does not compile everything again.
             system = f"{self.plat_name}-{sys.implementation.cache_tag}"
             self.build_temp = str(ROOT / "build" / f"temp.{system}")
         super().run()
@@ -356,7 +354,7 @@ class BuildNative(build_ext):
         if built is None:
             built = self._run_ninja(cuda=False)
         if built is None:
-            # A library of an earlier build would not be the one of these sources.
+            # Removes the library of an earlier build of other sources.
             target.unlink(missing_ok=True)
             if self.for_source_tree:
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
@@ -364,11 +362,11 @@ class BuildNative(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_file() or target.read_bytes() != built.read_bytes():
-            # A new file under the old name: a process that has the old one loaded keeps it.
+            # Replaces the file, so that a process that has loaded the old one keeps it.
             temporary = target.with_suffix(f".{os.getpid()}")
             shutil.copyfile(built, temporary)
             temporary.replace(target)
-        kinds = f"the CPU ({', '.join(LEVELS_BY_ENDING['_kernel'])})"
+        kinds = f"the CPU ({', '.join(isas_by_mark()['simd'])})"
         if without_cuda is None:
             report(f"built the compiled library for {kinds} and CUDA ({', '.join(architectures())})")
             if (mismatch := cuda_mismatch()) is not None:
@@ -378,7 +376,7 @@ class BuildNative(build_ext):
             report(f"left out the kernels for CUDA: {without_cuda}")
 
     def _run_ninja(self, *, cuda: bool) -> pathlib.Path | None:
-        """The library as ninja built it, or None."""
+        """The library that ninja built, or None."""
         directory = pathlib.Path(self.build_temp, "native_cuda" if cuda else "native").resolve()
         directory.mkdir(parents=True, exist_ok=True)
         write_ninja_file(directory, "_native.so", cuda=cuda)
@@ -389,7 +387,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The library asks nothing of the Python it runs under: py3, any ABI, this platform."""
+    """The library is independent of Python: py3, any ABI, this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         tag: tuple[str, str, str] = super().get_tag()
@@ -397,11 +395,11 @@ class Wheel(bdist_wheel):
 
 
 def main() -> None:
-    """Runs setuptools, with the compiled library where it can be built."""
+    """Run setuptools, with the compiled library if it can be built."""
     options: dict[str, Any] = {"cmdclass": {"build_ext": BuildNative, "bdist_wheel": Wheel}}
     reason = left_out() or torch_too_old()
     if reason is None:
-        # Optional: an editable installation goes on where the build failed.
+        # Optional: an editable installation continues if the build failed.
         options["ext_modules"] = [Extension("fpn_kernels._native", sources=[], optional=True)]
     else:
         report(f"left out the compiled library: {reason}")

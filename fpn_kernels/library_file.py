@@ -1,7 +1,7 @@
-"""Whether a shared library's file is whole, told before it is loaded.
+"""Checks that a shared library's file is complete before it is loaded.
 
-The loader maps a library into memory by what its header says.  Where the file ends earlier (a copy that was broken
-off, a full disk), the first access past its end kills the process with SIGBUS, which no `except` can catch.
+The loader maps the sizes in the file's header.  If the file is shorter (an interrupted copy, a full disk), the first
+access past its end kills the process with SIGBUS, which `except` cannot catch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _LOAD = 1
 
 
 def fault(path: pathlib.Path) -> str | None:
-    """What is wrong with the file, or None: it is no library of this kind, or shorter than its own header says.
+    """The defect of the file, or None: it is no library for 64-bit Linux, or shorter than its header says.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

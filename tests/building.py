@@ -1,4 +1,4 @@
-"""The build, as the tests call it."""
+"""setup.py as a module, for the tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import types
 
 import pytest
 
-# Skips the test module that imports this one.
+# Skips the importing test module.
 pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools >= 77")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def setup_module() -> types.ModuleType:
-    """setup.py, imported: it knows the compilers, the flags and what is missing."""
+    """setup.py, imported: its compilers, flags and reasons."""
     spec = importlib.util.spec_from_file_location("setup_under_test", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-// What a pixel reads, or was read by, along one axis, worked out by the thread that asks.
+// The pixels that a pixel reads, or is read by, along one axis, computed per thread.
 #pragma once
 
 #include "elements.h"
@@ -18,7 +18,7 @@ struct NearestAxis {
         shift(mode == Mode::nearest_exact ? 0.5f : 0.0f) {}
 
   FPN_HOST_DEVICE Index source(Index destination) const { return nearest_source(destination, scale, shift, in_size); }
-  // Source pixel s was read by the destination pixels from begin(s) up to end(s).
+  // Destination pixels begin(s) .. end(s) read source pixel s.
   FPN_HOST_DEVICE Index begin(Index s) const { return nearest_begin(s, scale, shift, in_size, out_size); }
   FPN_HOST_DEVICE Index end(Index s) const { return begin(s + 1); }
 };
@@ -37,7 +37,7 @@ struct BilinearAxis {
   }
   FPN_HOST_DEVICE Index begin(Index s) const { return bilinear_begin(s - 1, scale, in_size, out_size); }
   FPN_HOST_DEVICE Index end(Index s) const { return bilinear_begin(s + 1, scale, in_size, out_size); }
-  // The weight with which a destination pixel read s.
+  // The weight of s in a destination pixel.
   FPN_HOST_DEVICE Real weight(Index destination, Index s) const {
     const BilinearSource<Real, Index> read = source(destination);
     return (read.lower == s ? 1 - read.weight : Real(0)) + (read.upper == s ? read.weight : Real(0));

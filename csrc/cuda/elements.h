@@ -1,6 +1,6 @@
-// Elements of a map, 16 bytes of them at a time, and the sums that they are carried in.
+// Loads and stores of elements, up to 16 bytes at a time, and the dtype of their accumulators.
 //
-// For the device, and for the host too, where tests/csrc/ runs the same kernels without a GPU.
+// Compiles for the host as well, so that tests/cuda/ runs the kernels without a GPU.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "../common/resampling.h"
+#include "../resampling.h"
 
 namespace fpn::cuda {
 
@@ -17,7 +17,7 @@ using BFloat16 = c10::BFloat16;
 
 constexpr int64_t access_bytes = 16;
 
-// What sums of a dtype are carried in.
+// The dtype of an accumulator.
 template <class T>
 struct Sums {
   using type = float;
@@ -34,7 +34,7 @@ FPN_HOST_DEVICE SumOf<T> widened(T value) {
   return static_cast<SumOf<T>>(value);
 }
 
-// One element, of a map that nothing writes meanwhile.
+// One element of a map that no thread writes.
 template <class T>
 FPN_HOST_DEVICE SumOf<T> element_at(const T* from) {
 #if defined(__CUDA_ARCH__)
@@ -49,7 +49,7 @@ FPN_HOST_DEVICE SumOf<T> element_at(const T* from) {
 #endif
 }
 
-// Elements read or written by one instruction of `bytes` bytes.
+// The elements of one access of `bytes` bytes.
 template <class T, int bytes = access_bytes>
 struct alignas(bytes) Vector {
   static constexpr int width = bytes / static_cast<int>(sizeof(T));
@@ -87,15 +87,14 @@ FPN_HOST_DEVICE void store(T* to, const Vector<T, bytes>& vector) {
 #if defined(__CUDA_ARCH__)
   static_assert(bytes == access_bytes, "whole accesses only");
   const uint4 bits = *reinterpret_cast<const uint4*>(&vector);
-  // Asked for by name: an assignment of this type was compiled to four narrow stores (nvcc 13.0), and the intrinsic
-  // __stwb to a store with memory ordering, which nothing here needs.
+  // Inline PTX: nvcc 13.0 compiles an assignment to four narrow stores, and __stwb to a store with memory ordering.
   asm("st.global.v4.b32 [%0], {%1, %2, %3, %4};" : : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
 #else
   memcpy(to, &vector, bytes);
 #endif
 }
 
-// Rounds a whole vector: 16-bit floats in pairs, which is one instruction on the device.
+// Rounds a vector; on the device 16-bit floats in pairs, one instruction per pair.
 template <class T, int bytes>
 FPN_HOST_DEVICE void round_to(Vector<T, bytes>& vector, const SumOf<T>* sums) {
   for (int i = 0; i < vector.width; ++i) vector.values[i] = static_cast<T>(sums[i]);

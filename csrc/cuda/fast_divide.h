@@ -1,9 +1,9 @@
-// Division of 31-bit numbers by a divisor known before the launch: a multiplication and a shift.
+// Division of 31-bit numbers by a divisor known before the launch, as a multiplication and a shift.
 #pragma once
 
 #include <cstdint>
 
-#include "../common/resampling.h"
+#include "../resampling.h"
 
 namespace fpn::cuda {
 
@@ -19,7 +19,7 @@ class FastDivide {
     multiplier_ = static_cast<uint32_t>((power + divisor_ - 1) / divisor_);
   }
 
-  // Replaces n by its quotient and returns the remainder.
+  // Replaces n by the quotient and returns the remainder.
   FPN_HOST_DEVICE uint32_t split(uint32_t& n) const {
     const uint64_t product = static_cast<uint64_t>(n) * multiplier_;
     const uint32_t quotient = static_cast<uint32_t>(product >> 31) >> shift_;
@@ -32,7 +32,7 @@ class FastDivide {
   uint32_t divisor_ = 1, multiplier_ = 0x80000000u, shift_ = 0;
 };
 
-// The same interface for what exceeds 31 bits.
+// The same interface for numbers of more than 31 bits.
 class PlainDivide {
  public:
   PlainDivide() = default;
@@ -48,7 +48,7 @@ class PlainDivide {
   int64_t divisor_ = 1;
 };
 
-// Items as the 32-bit numbers that nearly every call has, or as 64-bit ones.
+// 32-bit item numbers, which suffice for nearly every call, or 64-bit ones.
 struct Small {
   using Index = uint32_t;
   using Divide = FastDivide;

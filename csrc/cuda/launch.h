@@ -1,4 +1,4 @@
-// Launches what one thread does, on the tensor's device and PyTorch's current stream.
+// Launches kernels on the tensor's device and PyTorch's current stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@ namespace fpn::cuda {
 
 using torch::stable::Tensor;
 
-// A CUDA build of PyTorch is not linked: this library is to load under the CPU build, too.  The function is part of
-// the stable ABI; where a CUDA tensor exists, so does the library that has it.
+// Looked up at run time, because this library also loads under a CPU build of PyTorch.  The function is part of the
+// stable ABI; libtorch_cuda.so is loaded if a CUDA tensor exists.
 inline cudaStream_t current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
@@ -22,12 +22,12 @@ inline cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "this PyTorch has no CUDA");
   void* stream = nullptr;
-  // Not STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not have.
+  // torch 2.11 has no STABLE_TORCH_ERROR_CODE_CHECK.
   STD_TORCH_CHECK(getter(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream on device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 
-// Two blocks of 256 threads with up to 128 registers each fit a multiprocessor; most kernels here take far fewer.
+// Two CTAs of 256 threads with up to 128 registers fit an SM; most kernels use far fewer registers.
 constexpr int block_threads = 256;
 
 template <class Body, class Index>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(block_threads, 2) run_items(const __grid_const
   if (item < items) body(item);
 }
 
-// The launcher that upsample_add.h and upsample_add_backward.h hand their threads to.
+// The `launch` argument of run() in upsample_add.h and upsample_add_backward.h.
 class Launcher {
  public:
   explicit Launcher(const Tensor& tensor)
@@ -46,7 +46,7 @@ class Launcher {
   void operator()(const Body& body, int64_t items) const {
     if (items == 0) return;
     const int64_t blocks = (items + block_threads - 1) / block_threads;
-    STD_TORCH_CHECK(blocks <= INT32_MAX, "a map of more elements than a launch reaches");
+    STD_TORCH_CHECK(blocks <= INT32_MAX, "expected a map that one launch covers, got too many elements");
     using Index = decltype(index_of(&Body::operator()));
     run_items<<<static_cast<unsigned>(blocks), block_threads, 0, stream_>>>(body, static_cast<Index>(items));
     const cudaError_t error = cudaGetLastError();

@@ -1,4 +1,4 @@
-// Registers the kernels for CUDA; a part of the library only where it was built with nvcc.
+// Registers the CUDA kernels, in a library built with nvcc.
 
 #include <torch/csrc/stable/library.h>
 

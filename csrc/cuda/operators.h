@@ -1,4 +1,4 @@
-// The operators of the compiled library on CUDA, and whether a device can run them.
+// The operators on CUDA.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 void upsample_add(const Tensor& top, const Tensor& lateral, int64_t mode, double gain, Tensor out);
 void upsample_add_backward(const Tensor& grad, int64_t mode, double gain, Tensor grad_top);
 
-// Why a device cannot run the kernels compiled here (another architecture, too old a driver), or "".
+// The reason why a device cannot run the compiled kernels (e.g. another architecture, too old a driver), or "".
 std::string refusal(int64_t device);
 
 }  // namespace fpn::cuda

@@ -1,6 +1,6 @@
-// out = gain * (lateral + resize(top)): what one thread does, on each path, and which path a call takes.
+// out = gain * (lateral + resize(top)): the code of one thread on each path, and the choice of the path.
 //
-// Host code too, so that tests/csrc/ can run every path without a GPU.
+// Compiles for the host as well, so that tests/cuda/ runs every path without a GPU.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,7 @@ struct UpsampleAdd {
   Shape fine() const { return {batch, channels, lateral.height, lateral.width}; }
 };
 
-// What every path knows of a call.
+// The fields that all paths share.
 template <class T>
 struct Merge {
   const T* top;
@@ -44,7 +44,7 @@ struct Merge {
   FPN_HOST_DEVICE SumOf<T> merged(SumOf<T> fine, SumOf<T> coarse) const { return gain * (fine + coarse); }
 };
 
-// NHWC at ratio 2: one coarse vector serves four fine ones, which are all on their way before the first is used.
+// NHWC at ratio 2: four fine vectors per coarse vector, all loaded before the first is used.
 template <class T>
 struct NhwcDoubledMerge : Merge<T> {
   static constexpr int width = Vector<T>::width;
@@ -78,7 +78,7 @@ struct NhwcDoubledMerge : Merge<T> {
   }
 };
 
-// NHWC at any ratio: a few pixels of a row a thread.
+// NHWC at any ratio: a few pixels of a row per thread.
 template <class T, bool bilinear>
 struct NhwcMerge : Merge<T> {
   static constexpr int width = Vector<T>::width;
@@ -161,7 +161,7 @@ struct NhwcMerge : Merge<T> {
   }
 };
 
-// NCHW at ratio 2: one half access of coarse pixels serves a whole one in each of two fine rows.
+// NCHW at ratio 2: half an access of coarse pixels, one access in each of two fine rows.
 template <class T>
 struct NchwDoubledMerge : Merge<T> {
   static constexpr int width = Vector<T>::width;
@@ -197,7 +197,7 @@ struct NchwDoubledMerge : Merge<T> {
   }
 };
 
-// What the fine pixels of a row read of one channel: a row of the top, or two of them.
+// The row, or two rows, of the top that a fine row reads, of one channel.
 template <class T, bool bilinear, class Index>
 struct TopRow {
   using Axis = typename AxisOf<T, bilinear, Index>::type;
@@ -230,7 +230,7 @@ struct TopRow<T, true, Index> {
   }
 };
 
-// Dense NCHW at any ratio and any width: accesses run on over the ends of rows and planes.
+// Dense NCHW at any ratio and width: accesses cross the ends of rows and planes.
 template <class T, bool bilinear>
 struct NchwMerge : Merge<T> {
   static constexpr int width = Vector<T>::width;
@@ -297,7 +297,7 @@ struct NchwMerge : Merge<T> {
   }
 };
 
-// Any strides, element by element, in the order in which the result lies in memory.
+// Any strides, element by element, in the memory order of the result.
 template <class T, bool bilinear, class Count>
 struct StridedMerge : Merge<T> {
   using Index = typename Count::Index;
@@ -367,7 +367,7 @@ void run_general(const UpsampleAdd& call, Path path, const Launch& launch) {
   return launch(Larger(call), items);
 }
 
-// Hands launch(what a thread does, how many threads) what the call needs.
+// Calls launch(code of a thread, number of threads) for a path.
 template <class T, class Launch>
 void run(const UpsampleAdd& call, Path path, const Launch& launch) {
   if (path == Path::nhwc_doubled) return launch(NhwcDoubledMerge<T>(call), NhwcDoubledMerge<T>::items(call));

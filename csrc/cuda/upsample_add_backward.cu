@@ -1,6 +1,6 @@
 #include "upsample_add_backward.h"
 
-#include "../common/tensors.h"
+#include "../tensors.h"
 #include "launch.h"
 #include "operators.h"
 

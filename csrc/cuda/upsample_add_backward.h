@@ -1,7 +1,7 @@
-// grad_top = gain * adjoint of the resize, gathered: what one thread does, on each path, and which path a call takes.
+// grad_top = gain * adjoint of the resize: the code of one thread on each path, and the choice of the path.
 //
-// Each coarse pixel sums the fine ones that read it, rows first, always in the same order: that of csrc/cpu, bit for
-// bit.  Host code too, so that tests/csrc/ can run every path without a GPU.
+// A gather: each coarse pixel sums the fine pixels that read it, rows first, in the order of the CPU kernel, bit for
+// bit.  Compiles for the host as well, so that tests/cuda/ runs every path without a GPU.
 #pragma once
 
 #include <type_traits>
@@ -24,12 +24,11 @@ struct UpsampleAddBackward {
   Shape fine() const { return {batch, channels, grad.height, grad.width}; }
 };
 
-// What gathered terms are summed in: a bilinear gradient is a longer sum of products, which in float32 was measured
-// less exact than eager's on the CPU.
+// The dtype of the accumulators.  A bilinear gradient is a longer sum; in float32 it was less exact than eager's.
 template <class T, bool bilinear>
 using GatherSum = typename std::conditional<bilinear && std::is_same<T, float>::value, double, SumOf<T>>::type;
 
-// What every path knows of a call.
+// The fields that all paths share.
 template <class T, class Sum = SumOf<T>>
 struct Adjoint {
   const T* grad;
@@ -45,7 +44,7 @@ struct Adjoint {
         gain(static_cast<Sum>(call.gain)) {}
 };
 
-// NHWC at ratio 2: four fine vectors to a coarse one.
+// NHWC at ratio 2: four fine vectors per coarse vector.
 template <class T>
 struct NhwcDoubledAdjoint : Adjoint<T> {
   static constexpr int width = Vector<T>::width;
@@ -78,7 +77,7 @@ struct NhwcDoubledAdjoint : Adjoint<T> {
   }
 };
 
-// NCHW at ratio 2: two accesses in each of two fine rows to one of coarse pixels.
+// NCHW at ratio 2: two accesses in each of two fine rows per access of coarse pixels.
 template <class T>
 struct NchwDoubledAdjoint : Adjoint<T> {
   static constexpr int width = Vector<T>::width;
@@ -164,7 +163,7 @@ struct NhwcAdjoint : Adjoint<T, GatherSum<T, bilinear>> {
   }
 };
 
-// Any strides, a few channels a thread: their pixels are the same, and finding those costs more than a sum of four.
+// Any strides, a few channels per thread: they share the indices, which cost more than a sum of four.
 template <class T, bool bilinear, class Count>
 struct StridedAdjoint : Adjoint<T, GatherSum<T, bilinear>> {
   using Sum = GatherSum<T, bilinear>;
@@ -200,14 +199,14 @@ struct StridedAdjoint : Adjoint<T, GatherSum<T, bilinear>> {
     const Pixel group = channels_last ? first : third, y = channels_last ? third : second;
     const Pixel x = channels_last ? second : first;
     const Strides &in = this->grad_strides, &to = this->top_strides;
-    // Channels a whole number of groups apart, so that neighbouring threads have neighbouring ones.
+    // A thread's channels are `groups` apart, so that neighbouring threads have neighbouring channels.
     const T* fine = this->grad + n * in.n + group * in.c;
     const int64_t step = groups * in.c;
     const Pixel top = rows.begin(y), bottom = rows.end(y), left = columns.begin(x), right = columns.end(x);
     Sum sums[channels_each] = {};
     for (Pixel column = left; column < right; ++column) {
       Sum down[channels_each] = {};
-      // Left to itself, nvcc 13.0 unrolls by four and runs out of registers (float64, 64-bit counts, sm_100).
+      // nvcc 13.0 would unroll by four and spill registers (float64, 64-bit counts, sm_100).
 #pragma unroll 2
       for (Pixel row = top; row < bottom; ++row) {
         const T* pixel = fine + row * in.y + column * in.x;
@@ -265,7 +264,7 @@ void run_general(const UpsampleAddBackward& call, Path path, const Launch& launc
   return launch(Larger(call), items);
 }
 
-// Hands launch(what a thread does, how many threads) what the call needs.
+// Calls launch(code of a thread, number of threads) for a path.
 template <class T, class Launch>
 void run(const UpsampleAddBackward& call, Path path, const Launch& launch) {
   if (path == Path::nhwc_doubled) return launch(NhwcDoubledAdjoint<T>(call), NhwcDoubledAdjoint<T>::items(call));

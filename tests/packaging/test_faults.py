@@ -317,7 +317,7 @@ def test_imported_again_it_names_the_first_place(again: str, tmp_path: pathlib.P
     run = _python("-c", code, str(tmp_path), FPN_KERNELS_BACKEND="")
     assert run.returncode == 0, run.stderr
     assert f"ERROR fpn_kernels was imported before in this process, from {ROOT / 'fpn_kernels'}, and" in run.stdout
-    assert "start Python anew" in run.stdout, "the cure"
+    assert "restart Python" in run.stdout, "the cure"
 
 
 @pytest.mark.parametrize(
