@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,15 +87,6 @@ class Launch:
         names = self._kernel.arg_names[len(leading) + len(self._numbers) :]
         self._rest = (*self._numbers, *(self._constants[name] for name in names))
         self._repeat = compiled[(*self._grid, 1, 1)[:3]]
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def named(run: Function, kernel: str) -> Function:
-    """A plan's function with the attribute `kernel`, which `explain` reads (`dispatch.Implementation.plan`)."""
-    run.kernel = lambda: kernel  # type: ignore[attr-defined]
-    return run
 
 
 def stand_in(shape: tuple[int, ...], like: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fpn_kernels.operators.operator import Operator
 
 ENVIRONMENT_VARIABLE = "FPN_KERNELS_BACKEND"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Why a backend does not work on this machine (None: it does), in the order of preference: compiled code costs the host
 # least per launch, and PyTorch serves every call.
@@ -53,7 +55,7 @@ class Implementation:
     Attributes:
         plan: returns a function of the call that computes it, for this call and every other with the same cache key.
             That function keeps none of the tensors; it is cached unless it has a true attribute `transient`.  It may
-            have an attribute `kernel`, a function that returns which kernel, product or tile it runs, in a few words.
+            have an attribute `kernel`: which kernel, product or tile it runs, in a few words (`named`).
         refusal: returns why the call cannot be served, or None.
         opt_in: returns why the call is served only if the backend is forced (another is faster, or nothing was
             measured), or None.
@@ -70,6 +72,12 @@ class Implementation:
     fastest_format: Callable[[str, torch.dtype], torch.memory_format | None] = _no_preference
     optional: bool = False
     note: str = ""
+
+
+def named(run: Function, kernel: str) -> Function:
+    """A plan's function with the name of the kernel that it runs, for `explain`."""
+    run.kernel = kernel  # type: ignore[attr-defined]
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +334,7 @@ def is_explaining() -> bool:
 
 def complete(explanation: Explanation, operator: Operator[Any], call: Any, run: Callable[[Any], Any]) -> Explanation:
     """The explanation of a call with the choices that its plan made, and who records its gradient."""
-    kernel, layout, gradient = getattr(run, "kernel", None), "", ""
+    kernel, layout, gradient = getattr(run, "kernel", ""), "", ""
     chosen = operator.backends.get(explanation.backend)
     tensors = [each for value in call for each in (value if isinstance(value, (list, tuple)) else (value,))]
     tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
@@ -335,7 +343,7 @@ def complete(explanation: Explanation, operator: Operator[Any], call: Any, run: 
         layout = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}.get(fastest, "")  # type: ignore[arg-type]
     if _explaining.get() and any(each.requires_grad for each in tensors):
         gradient = operator.recorded_by(call, explanation.backend)
-    return dataclasses.replace(explanation, kernel=kernel() if kernel else "", layout=layout, gradient=gradient)
+    return dataclasses.replace(explanation, kernel=kernel, layout=layout, gradient=gradient)
 
 
 def record(operator: str, backend: str) -> None:

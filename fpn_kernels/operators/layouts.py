@@ -53,5 +53,10 @@ def allocator(shape: Sequence[int], memory_format: torch.memory_format) -> Calla
 
     The strides are computed once: a result takes 1.5 us instead of 2.9 (one core of Zen 3).
     """
-    strides = torch.empty(tuple(shape), dtype=torch.float32, device="meta", memory_format=memory_format).stride()
+    strides = strides_of(shape, memory_format)
     return lambda like: like.new_empty_strided(shape, strides)
+
+
+def strides_of(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
+    """The strides of a result that `allocate` returns."""
+    return torch.empty(tuple(shape), dtype=torch.float32, device="meta", memory_format=memory_format).stride()

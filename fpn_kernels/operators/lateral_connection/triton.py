@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fpn_kernels import compatibility
 from fpn_kernels.gpu import autotune, availability, geometry
-from fpn_kernels.gpu.launch import ALONE, Launch, Link, named, stand_in
+from fpn_kernels.gpu.launch import ALONE, Launch, Link, stand_in
 from fpn_kernels.gpu.tiles import walk_of
 from fpn_kernels.operators import dispatch
+from fpn_kernels.operators.dispatch import named
 from fpn_kernels.operators.lateral_connection.call import LateralConnection
 from fpn_kernels.operators.layouts import allocator
 from fpn_kernels.operators.upsample_add.triton import plan_merge
@@ -281,7 +282,7 @@ def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
             merge(call.top, out, out, call.gain)
             return out
 
-        return named(run_two, f"{connection.kernel()}, then upsample_add in place")  # type: ignore[attr-defined]
+        return named(run_two, f"{connection.kernel}, then upsample_add in place")  # type: ignore[attr-defined]
     connection = plan_connection(feature, matrix, bias, top, like, "nearest" if top is None else call.mode)
 
     def run(call: LateralConnection) -> Tensor:
@@ -289,7 +290,7 @@ def _plan(call: LateralConnection) -> Callable[[LateralConnection], Tensor]:
         connection(call.feature, call.matrix(), call.bias, call.top, out, call.gain)
         return out
 
-    return named(run, connection.kernel())  # type: ignore[attr-defined]
+    return named(run, connection.kernel)  # type: ignore[attr-defined]
 
 
 LATERAL_CONNECTION = dispatch.Implementation(autotune.planned(_plan), refusal, _opt_in)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fpn_kernels import native
 from fpn_kernels.operators import aten, dispatch
+from fpn_kernels.operators.dispatch import named
 from fpn_kernels.operators.layouts import allocate, allocator
 from fpn_kernels.operators.output_conv.call import OutputConv, OutputConvBackwardWeight
 from fpn_kernels.operators.reorder import in_layout
 
 _OUTPUT_CONV = native.kernel("output_conv")
+_PATH = native.kernel("output_conv_path")
 _OUTPUT_CONV_BACKWARD_WEIGHT = native.kernel("output_conv_backward_weight")
+_BACKWARD_WEIGHT_PATH = native.kernel("output_conv_backward_weight_path")
 
 
 def _refusal(call: OutputConv | OutputConvBackwardWeight) -> str | None:
@@ -39,30 +42,28 @@ def _convolve(feature: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _plan(call: OutputConv) -> Callable[[OutputConv], Tensor]:
-    """The library's own convolution where it is the faster one on this CPU, written in the requested layout.
+    """The product that the library chooses for this CPU (csrc/output_conv/op.cpp), written in the requested layout.
 
-    Elsewhere PyTorch's, and a fast copy where its result has another layout.
+    Where it chooses PyTorch's convolution, a fast copy follows if the result has another layout.
     """
     out_format, dtype = call.out_format(), call.feature.dtype
     new = allocator(call.shape(), out_format)
-    own = True  # until the library declines
+    path = _PATH()(call.feature, call.weight)
     # The copy that the tiles make themselves takes twice as long: a block's share of a channel is short.
     reorders = native.multiplies_by_tiles(dtype) and aten.is_large(call.feature)
     convolve = _OUTPUT_CONV()
 
     def run(call: OutputConv) -> Tensor:
-        nonlocal own
         feature, weight, bias, _ = call
         if reorders:
             feature = in_layout(feature, aten.fastest_format("cpu", dtype))
-        if own:
+        if path != "convolution":
             out = new(feature)
             if convolve(feature, weight, bias, out):
                 return out
-            own = False  # it declines by metadata that is part of the cache key
         return in_layout(_convolve(feature, weight, bias), out_format)
 
-    return run
+    return named(run, "PyTorch's convolution" if path == "convolution" else path)
 
 
 def _plan_backward_weight(
@@ -82,11 +83,15 @@ def _plan_backward_weight(
     The library declines maps with a value that is not finite (both products multiply the zeros around the maps), very
     wide maps by tiles, and few channels on many threads.
     """
-    grad, wants_bias = call.grad, call.wants_bias
-    by_tiles, by_avx2 = native.multiplies_by_tiles(grad.dtype), aten.by_avx2("cpu", grad.dtype)
+    grad, feature, wants_bias = call.grad, call.feature, call.wants_bias
+    by_avx2 = aten.by_avx2("cpu", grad.dtype)
     shape, out_format = call.shape(), call.out_format()
-    if not by_tiles and not by_avx2:
-        return lambda call: aten.gradient_of_weight(call.grad, call.feature, wants_bias, out_format)
+    if by_avx2:
+        grad, feature = (allocate(tensor.shape, tensor, torch.channels_last) for tensor in (grad, feature))
+    path = _BACKWARD_WEIGHT_PATH()(grad, feature)
+    if path == "convolution":
+        by_pytorch = lambda call: aten.gradient_of_weight(call.grad, call.feature, wants_bias, out_format)  # noqa: E731
+        return named(by_pytorch, "PyTorch's gradient")
     channels = grad.shape[1] if wants_bias else 0
     multiply = _OUTPUT_CONV_BACKWARD_WEIGHT()
 
@@ -104,7 +109,7 @@ def _plan_backward_weight(
             grad, feature = (in_layout(tensor, torch.contiguous_format) for tensor in (grad, feature))
         return aten.gradient_of_weight(grad, feature, wants_bias, out_format)
 
-    return run
+    return named(run, path)
 
 
 OUTPUT_CONV = dispatch.Implementation(_plan, _refusal, fastest_format=_fastest_format)
