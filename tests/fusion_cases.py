@@ -1,4 +1,4 @@
-"""The pyramids that `fuse` is tested on: each dialect with each of its options."""
+"""Pyramids to fuse: each dialect with each of its options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, smp_twi
 from resnet_twins import NamedLayersFPN, kuangliu_fpn101, single_file_fpn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm, scramble, served
+from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm, scramble
 
 from fpn_kernels.modules import FrozenBatchNorm2d
 
@@ -30,8 +30,8 @@ class Case:
         name: the dialect and the option.
         make: makes it, in any state.
         example: the arguments of a call.
-        calls: the library's operators that one call in eval mode is to use, once fused.
-        dialect: how a report names it.
+        calls: the pathway's operators in one call of the fused module in eval mode.
+        dialect: its name in a report.
     """
 
     name: str
@@ -168,7 +168,7 @@ def _smp() -> list[Case]:
     def case(mode: str) -> Case:
         def make() -> nn.Module:
             decoder = smp_twin.FPNDecoder(CHANNELS, WIDTH, mode)
-            decoder.dropout.p = 0.0  # what is left out at random cannot be compared
+            decoder.dropout.p = 0.0  # random results cannot be compared
             return decoder
 
         dialect = "segmentation_models_pytorch FPNBlock"
@@ -209,12 +209,7 @@ def requiring_grad(arguments: Any) -> Any:
 
 
 def network_of(cls: type[nn.Module] = torchvision_twin.FeaturePyramidNetwork, norm: Any = None) -> Any:
-    """torchvision's pyramid, or a class derived from it, in eval mode with weights that hide nothing."""
+    """torchvision's pyramid, or a derived class, in eval mode with scrambled weights."""
     network = cls(CHANNELS, WIDTH, None, norm)
     scramble(network)
     return network.eval()
-
-
-def fused_calls(call: Callable[[], Any]) -> list[str]:
-    """The operators of the pathway that a call used."""
-    return [name for name in served(call) if name != "output_conv"]

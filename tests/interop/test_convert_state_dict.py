@@ -1,4 +1,4 @@
-"""`convert_state_dict`: the weights of each dialect in the modules of every other one that can hold them."""
+"""`convert_state_dict`: the weights of each dialect in the modules of each other dialect that can hold them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ _V1 = re.compile(r"((?:inner|layer)_blocks\.\d+)\.0\.")
 
 
 def _older(state: dict[str, Any]) -> OrderedDict[str, Any]:
-    """As version 1 of torchvision's module has saved it, which has no norms."""
+    """The keys of version 1 of torchvision's module, which has no norms."""
     older = OrderedDict((_V1.sub(r"\1.", key), value) for key, value in state.items())
     older._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     return older
@@ -185,7 +185,7 @@ def test_prefixes_of_wrappers_and_several_pyramids_of_two_versions(older: bool, 
 
 
 def test_the_versions_of_modules_are_kept() -> None:
-    """By them a module loads what an older one has saved, the pyramid or whatever else is in the model."""
+    """A module, also one outside the pyramid, needs its version to load an older checkpoint."""
     model = nn.ModuleDict({"fpn": _torchvision(), "norm": nn.BatchNorm2d(4)})
     state = model.state_dict()
     state._metadata["norm"]["version"] = 7  # type: ignore[attr-defined]
