@@ -310,36 +310,6 @@ def test_parametrised_convolutions_are_called_once(training: bool) -> None:
         assert error(parameter.grad, dict(twin.named_parameters())[name].grad.double()) < 1e-4, name
 
 
-class HalvedWeight(Tensor):
-    """A wrapper like a quantised weight or a DTensor: it stores half of its value."""
-
-    @staticmethod
-    def __new__(cls, half: Tensor) -> HalvedWeight:
-        return Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
-
-    def __init__(self, half: Tensor) -> None:
-        self.half_of_it = half
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["half_of_it"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        assert func.namespace == "aten", "a fused operator was given the wrapper"
-        return func(*(2 * a.half_of_it if isinstance(a, cls) else a for a in args), **(kwargs or {}))
-
-
-def test_wrapped_weights_are_left_to_their_module() -> None:
-    network, twin = pair()
-    expected = twin(x := maps())
-    conv = network.inner_blocks[1][0]
-    conv.weight = nn.Parameter(HalvedWeight(conv.weight.detach() / 2), requires_grad=False)
-    with torch.no_grad():
-        assert served(lambda: assert_same(network(x), expected)) == LEVEL_1_MERGED
-
-
 def test_levels_of_two_dtypes_are_summed_as_eager_sums_them() -> None:
     class Widening(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
