@@ -1,106 +1,26 @@
-"""Small pyramids, and the alterations that users make to a module before or after it is fused."""
+"""The alterations that users make to a pyramid before or after it is fused."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, torchvision_twin
 from fusion_cases import leaves
-from resnet_twins import NamedLayersFPN, single_file_fpn
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.utils import parametrizations, prune
 from torch.utils import _pytree as pytree
+from twins import CHANNELS, WIDTH
 
-from fpn_kernels.modules import FeaturePyramidNetwork, FrozenBatchNorm2d
+from fpn_kernels.modules import FeaturePyramidNetwork
 
-CHANNELS, WIDTH = [3, 4, 5], 4
-SIZES = [(12, 16), (6, 8), (3, 4)]
 Draw = random.Random
-Made = tuple[nn.Module, tuple[Any, ...]]
-
-# ------------------------------------------------------------------------------------------------ pyramids
-
-
-def features() -> list[Tensor]:
-    return [torch.randn(2, c, *size) for c, size in zip(CHANNELS, SIZES, strict=True)]
-
-
-def named(maps: Any) -> OrderedDict[str, Tensor]:
-    return OrderedDict((str(n), x) for n, x in enumerate(maps))
-
-
-NORMS: dict[str, Any] = {
-    "none": None,
-    "bn": nn.BatchNorm2d,
-    "frozen": FrozenBatchNorm2d,
-    "gn": lambda channels: nn.GroupNorm(2, channels),
-}
-
-
-def _torchvision(draw: Draw) -> Made:
-    extra = draw.choice([None, torchvision_twin.LastLevelMaxPool(), torchvision_twin.LastLevelP6P7(WIDTH, WIDTH)])
-    network = torchvision_twin.FeaturePyramidNetwork(CHANNELS, WIDTH, extra, NORMS[draw.choice([*NORMS])])
-    return network, (named(features()),)
-
-
-class _BottomUp(nn.Module):
-    """Maps of the sizes that the others have, from an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(3, c, 1) for c in CHANNELS)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {f"res{n + 2}": conv(x[:, :, :: 2**n, :: 2**n]) for n, conv in enumerate(self.convolutions)}
-
-
-def _detectron2(draw: Draw) -> Made:
-    norm, fuse_type = NORMS[draw.choice([*NORMS])], draw.choice(["sum", "avg"])
-    network = detectron2_twin.FPN(_BottomUp(), ["res2", "res3", "res4"], CHANNELS, WIDTH, norm, fuse_type=fuse_type)
-    return network, (torch.randn(2, 3, 12, 16),)
-
-
-def _mmdet(draw: Draw) -> Made:
-    extra = draw.choice([False, "on_input", "on_lateral", "on_output"])
-    act = draw.choice([None, None, lambda: nn.ReLU(inplace=True)])
-    norm = draw.choice([None, "BN", "GN"])
-    return mmdet_twin.FPN(CHANNELS, WIDTH, 4, add_extra_convs=extra, norm=norm, act=act), (tuple(features()),)
-
-
-def _sam2(draw: Draw) -> Made:
-    mode, fuse_type = draw.choice(["nearest", "bilinear"]), draw.choice(["sum", "avg"])
-    options = {"fpn_interp_model": mode, "fuse_type": fuse_type, "fpn_top_down_levels": draw.choice([None, [0, 1]])}
-    network = sam2_twin.FpnNeck(sam2_twin.PositionEncoding(), WIDTH, CHANNELS[::-1], **options)
-    return network, (features(),)
-
-
-def _effdet(draw: Draw) -> Made:
-    norm, by = draw.random() < 0.5, draw.choice(["size", "scale"])
-    return effdet_twin.BiFpnLayer(CHANNELS, WIDTH, SIZES, norm=norm, by=by), (features(),)
-
-
-def _named_layers(draw: Draw) -> Made:
-    return single_file_fpn([1, 1, 1, 1], 1), (torch.randn(2, 3, 64, 96),)
-
-
-PYRAMIDS: dict[str, Callable[[Draw], Made]] = {
-    "torchvision": _torchvision,
-    "ours": _torchvision,  # compared with torchvision's, from whose parts it is made
-    "detectron2": _detectron2,
-    "mmdet": _mmdet,
-    "sam2": _sam2,
-    "effdet": _effdet,
-    "named layers": _named_layers,
-}
 
 
 def ours_of(network: nn.Module) -> nn.Module:
@@ -244,8 +164,7 @@ def _ema(network: nn.Module, draw: Draw) -> None:
 
 
 def _channels_last(network: nn.Module, draw: Draw) -> None:
-    # Not the network of one channel: PyTorch's own convolution crashes there (2.13, CPU).
-    if not isinstance(network, NamedLayersFPN) and not any(isinstance(p, _Tagged) for p in network.parameters()):
+    if not any(isinstance(p, _Tagged) for p in network.parameters()):
         network.to(memory_format=torch.channels_last)
 
 

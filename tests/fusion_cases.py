@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, smp_twin, torchvision_twin
+from oracle import error
 from resnet_twins import NamedLayersFPN, kuangliu_fpn101, single_file_fpn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -213,3 +214,32 @@ def network_of(cls: type[nn.Module] = torchvision_twin.FeaturePyramidNetwork, no
     network = cls(CHANNELS, WIDTH, None, norm)
     scramble(network)
     return network.eval()
+
+
+def assert_same_output(actual: Any, expected: Any, limit: float = 2e-5) -> None:
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+    for left, right in zip(leaves(actual), leaves(expected), strict=True):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        assert error(left.detach(), right.detach().double()) < limit
+
+
+def assert_same_gradients(model: nn.Module, twin: nn.Module, example: Any) -> None:
+    """Compare outputs, gradients of parameters and inputs, and buffers after one forward and backward."""
+    x, y = requiring_grad(example), requiring_grad(example)
+    actual, expected = model(*x), twin(*y)
+    assert_same_output(actual, expected)
+    weights = [torch.randn_like(leaf) for leaf in leaves(expected)]
+    for results in (actual, expected):
+        sum((leaf * weight).sum() for leaf, weight in zip(leaves(results), weights, strict=True)).backward()
+    theirs = dict(twin.named_parameters())
+    pairs = [(name, p.grad, theirs[name].grad) for name, p in model.named_parameters()]
+    pairs += [("input", a.grad, b.grad) for a, b in zip(leaves(x), leaves(y), strict=True)]
+    for name, got, want in pairs:
+        assert (got is None) == (want is None), name
+        if want is not None:
+            # Under BatchNorm in training, the gradient of a 3x3 convolution nearly cancels.
+            assert (got - want).norm() <= 2e-5 * want.norm() + 2e-6, name
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer)

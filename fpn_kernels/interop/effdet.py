@@ -34,14 +34,15 @@ class EffdetForward(FusedForward):
         plain: list[Tensor] = []
         for resample, feature, enlarge in zip(resamples, features, enlarges, strict=True):  # in the node's order
             if enlarge:
-                tops.append(_before_upsample(resample, feature))
+                for module in list(resample)[:-1]:
+                    feature = module(feature)
+                tops.append((feature, resample.upsample))
             else:
                 plain.append(feature if block is not None else resample(feature))
         if block is not None:
             (top, upsample), (feature,) = tops[0], plain
-            parameters = block_parameters(block, 1)
             if _target(upsample, top) == tuple(feature.shape[2:]):
-                return merge_level(feature, block, parameters, top, mode=upsample.mode)
+                return merge_level(feature, block, block_parameters(block, 1), top, mode=upsample.mode)
             plain = [block(feature)]
         total: Tensor = sum(plain)  # type: ignore[assignment]
         for top, upsample in tops:
@@ -66,12 +67,6 @@ def _enlarges(resample: Any) -> bool:
         return False
     upsample = resample._modules.get("upsample")
     return upsample is not None and upsample is resample[-1] and runs_own_forward(upsample)
-
-
-def _before_upsample(resample: Any, feature: Tensor) -> tuple[Tensor, Any]:
-    for module in list(resample)[:-1]:
-        feature = module(feature)
-    return feature, resample.upsample
 
 
 def _target(upsample: Any, top: Tensor) -> tuple[int, ...]:

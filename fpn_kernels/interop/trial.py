@@ -1,6 +1,6 @@
 """A trial of a fused forward against the module's own, with random weights and a small random input.
 
-A class's name and attributes say what it should compute, but its code may be a fork, another version or have an
+The name and attributes of a class identify a dialect, but its code may be a fork, another version or have an
 overridden method.  So a copy of each module without hooks runs once on the CPU before anything is swapped.  Its
 parameters are random, because an output layer that starts at zero would hide all layers before it.
 """

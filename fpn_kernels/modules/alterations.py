@@ -62,7 +62,7 @@ _CONV2D, _INTERPOLATE, _BATCH_NORM = map(_torch_function, ("conv2d", "interpolat
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call of `module` runs anything besides the forward of its class.
+    """Whether a call of `module` runs other code than the forward of its class.
 
     Examples are a hook, a parametrisation, a compiled call, and a method of the call that was replaced on the instance,
     its class or `nn.Module`.  `_slow_forward` is not checked: it runs only under a tracer, see `must_step_aside`.

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: what a fused module keeps, and how it works with copies, wrappers and compilers."""
+"""`fuse` and `unfuse`: a fused module keeps its state and works with copies, wrappers and compilers."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_cases import CASES, ONE_EACH, Case, leaves, requiring_grad
+from fusion_cases import CASES, ONE_EACH, Case, assert_same_gradients, assert_same_output, leaves
 from oracle import error, rounding
 from torch import nn
 from twins import scramble, served
@@ -30,37 +30,10 @@ def _pair(case: Case, training: bool = False) -> tuple[nn.Module, nn.Module]:
     return fpn_kernels.fuse(fused), twin.train(training)
 
 
-def _assert_same(actual: Any, expected: Any, limit: float = 2e-5) -> None:
-    assert type(actual) is type(expected)
-    if isinstance(expected, dict):
-        assert list(actual) == list(expected)
-    assert len(leaves(actual)) == len(leaves(expected))
-    for left, right in zip(leaves(actual), leaves(expected), strict=True):
-        assert left.dtype == right.dtype and left.shape == right.shape
-        assert error(left, right.double()) < limit
-
-
 @_both
 @_every_case
 def test_outputs_and_gradients_are_the_twins(case: Case, training: bool) -> None:
-    fused, twin = _pair(case, training)
-    example = case.example()
-    x, y = requiring_grad(example), requiring_grad(example)
-    actual, expected = fused(*x), twin(*y)
-    _assert_same(actual, expected)
-    weights = [torch.randn_like(leaf) for leaf in leaves(expected)]
-    for results in (actual, expected):
-        sum((leaf * weight).sum() for leaf, weight in zip(leaves(results), weights, strict=True)).backward()
-    theirs = dict(twin.named_parameters())
-    pairs = [(name, p.grad, theirs[name].grad) for name, p in fused.named_parameters()]
-    pairs += [("input", a.grad, b.grad) for a, b in zip(leaves(x), leaves(y), strict=True)]
-    for name, got, want in pairs:
-        assert (got is None) == (want is None), name
-        if want is not None:
-            # Under BatchNorm in training, the gradient of a 3x3 convolution nearly cancels.
-            assert (got - want).norm() <= 2e-5 * want.norm() + 2e-6, name
-    for name, buffer in twin.named_buffers():
-        torch.testing.assert_close(dict(fused.named_buffers())[name], buffer)
+    assert_same_gradients(*_pair(case, training), case.example())
 
 
 @_every_case
@@ -76,7 +49,7 @@ def test_the_report_names_it_the_fused_calls_compute_it_and_checkpoints_load(cas
     fused.load_state_dict(twin.state_dict(), strict=True)
     example = case.example()
     with torch.no_grad():
-        assert served(lambda: _assert_same(fused(*example), twin(*example))) == case.calls
+        assert served(lambda: assert_same_output(fused(*example), twin(*example))) == case.calls
 
 
 @_one_each
@@ -101,7 +74,7 @@ def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     example = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype), case.example())
     with torch.no_grad():
         actual, expected = fused.to(dtype)(*example), twin.to(dtype)(*example)
-    _assert_same(actual, expected, 8 * rounding(dtype) if dtype == torch.bfloat16 else 1e-6)
+    assert_same_output(actual, expected, 8 * rounding(dtype) if dtype == torch.bfloat16 else 1e-6)
 
 
 # Every option is verified nightly and on a GPU; in `make test`, one per dialect.
@@ -163,7 +136,7 @@ def test_detectron2_reads_its_lists_not_its_submodules() -> None:
     for model in (fused, twin):
         model.fpn_lateral3 = nn.Conv2d(12, 12, 1)
     x = torch.randn(1, 3, 64, 64)
-    _assert_same(fused(x), twin(x))
+    assert_same_output(fused(x), twin(x))
 
 
 def test_options_changed_after_fusing_are_honoured() -> None:
@@ -171,7 +144,7 @@ def test_options_changed_after_fusing_are_honoured() -> None:
     for model in (fused, twin):
         model.num_outs, model.relu_before_extra_convs, model.upsample_cfg = 5, False, {"mode": "bilinear"}
     example = _case("mmdet-relu").example()
-    _assert_same(fused(*example), twin(*example))
+    assert_same_output(fused(*example), twin(*example))
 
 
 def test_sam2_merges_in_float32_whatever_the_convolutions_run_in() -> None:
@@ -180,7 +153,7 @@ def test_sam2_merges_in_float32_whatever_the_convolutions_run_in() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         actual, expected = fused(*example), twin(*example)
     assert [m.dtype for m in actual[0]] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
-    _assert_same(actual[0], expected[0], rounding(torch.bfloat16))
+    assert_same_output(actual[0], expected[0], rounding(torch.bfloat16))
 
 
 def test_mmdet_of_version_1_has_two_booleans_for_the_source() -> None:
@@ -188,7 +161,7 @@ def test_mmdet_of_version_1_has_two_booleans_for_the_source() -> None:
         fused, twin = _pair(_case(name))
         fused.add_extra_convs, fused.extra_convs_on_inputs = True, on_inputs
         example = _case(name).example()
-        _assert_same(fused(*example), twin(*example))
+        assert_same_output(fused(*example), twin(*example))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from alterations import CHANNELS, WIDTH, features, named
 from foreign.torchvision_twin import FeaturePyramidNetwork
 from torch import Tensor, nn
+from twins import CHANNELS, WIDTH, maps
 
 import fpn_kernels
 from fpn_kernels.backends import selection
@@ -25,7 +25,7 @@ def test_the_generators_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
 
     network = FeaturePyramidNetwork(CHANNELS, WIDTH)
     network.layer_blocks[1].append(nn.Dropout(0.5))
-    x, state = named(features()), torch.get_rng_state()
+    x, state = maps(), torch.get_rng_state()
     with monkeypatch.context() as patch:  # another thread would see this
         patch.setattr(torch, "manual_seed", fail)
         patch.setattr(torch, "set_rng_state", fail)
@@ -69,7 +69,7 @@ def test_threads_that_fuse_leave_no_forced_backend() -> None:
     other = threading.Thread(target=compute, args=(done,))
     other.start()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda network: fpn_kernels.fuse(network, verify=named(features())), networks))
+        list(pool.map(lambda network: fpn_kernels.fuse(network, verify=maps()), networks))
     done.set()
     other.join()
     assert len({type(network) for network in networks}) == 1 and all(map(is_fused, networks))

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from alterations import CHANNELS, WIDTH, features, named, ours_of
+from alterations import ours_of
 from foreign import torchvision_twin
 from fusion_cases import leaves
 from resnet_twins import single_file_fpn
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from twins import scramble
+from twins import CHANNELS, NAMES, WIDTH, maps, scramble
 
 import fpn_kernels
 from fpn_kernels.interop.swapping import is_fused
@@ -52,12 +53,12 @@ class Listed(nn.Module):
         super().__init__()
         self.fpn = fpn
 
-    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.fpn(named(maps)).values())
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.fpn(OrderedDict(zip(NAMES, features, strict=True))).values())
 
 
 class Image(nn.Module):
-    """Three maps of an image, by name, for a pyramid."""
+    """Maps of an image, by name, for a pyramid."""
 
     def __init__(self, fpn: nn.Module) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Image(nn.Module):
 
 def test_transforms_and_forward_mode_see_the_original() -> None:
     for network, twin in _stand_ins():
-        x, tangents = features(), features()
+        x, tangents = list(maps().values()), list(maps().values())
         both = (Listed(network), Listed(twin))
         _assert_equal(*(torch.func.jvp(f, tuple(x), tuple(tangents)) for f in both))
         stacked = [torch.stack([m, 2 * m]) for m in x]
@@ -100,10 +101,10 @@ def test_a_backbone_with_its_pyramid_is_traced_symbolically() -> None:
 
 def test_torch_jit_traces_run_without_this_library() -> None:
     for network, twin in _stand_ins():
-        traced = torch.jit.trace(Listed(network), tuple(features()))
+        traced = torch.jit.trace(Listed(network), tuple(maps().values()))
         assert "fpn_kernels::" not in str(traced.inlined_graph)
-        x = features()
-        _assert_equal(traced(*x), tuple(twin(named(x)).values()))
+        x = maps()
+        _assert_equal(traced(*x.values()), tuple(twin(x).values()))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_methods_that_a_subclass_overrides() -> None:
         fpn_kernels.fuse(twin)
     ours = _negated(FeaturePyramidNetwork)(CHANNELS, WIDTH)
     ours.load_state_dict(twin.state_dict())
-    _assert_equal(ours(x := named(features())), twin(x))
+    _assert_equal(ours(x := maps()), twin(x))
 
 
 @pytest.mark.parametrize("on", ["instance", "class"])
@@ -156,7 +157,7 @@ def test_methods_patched_after_fusing(name: str, on: str, monkeypatch: pytest.Mo
         for model in {model for pair in pairs for model in pair}:
             setattr(model, name, types.MethodType(doubling(type(model)), model))
     for network, twin in pairs:
-        _assert_equal(network(x := named(features())), twin(x))
+        _assert_equal(network(x := maps()), twin(x))
 
 
 def test_a_forward_patched_onto_the_class_after_fusing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_a_forward_patched_onto_the_class_after_fusing(monkeypatch: pytest.Monke
     fpn_kernels.fuse(network)
     original = Twin.forward
     monkeypatch.setattr(Twin, "forward", lambda self, x: {n: 2 * p for n, p in original(self, x).items()})
-    _assert_equal(network(x := named(features())), twin(x))
+    _assert_equal(network(x := maps()), twin(x))
     with pytest.raises(ValueError, match="the forward of FeaturePyramidNetwork was decorated or replaced"):
         fpn_kernels.fuse(twin)
 
@@ -180,7 +181,7 @@ def test_wrappers_that_pass_attributes_on_are_no_pyramids() -> None:
 def test_arguments_that_the_dialect_does_not_know_go_to_the_original() -> None:
     network, twin = _pair()
     fpn_kernels.fuse(network)
-    _assert_equal(network(x=(x := named(features()))), twin(x))
+    _assert_equal(network(x=(x := maps())), twin(x))
     for model in (network, twin):
         with pytest.raises(TypeError, match="unexpected keyword argument 'masks'"):
             model(x, masks=None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusion_cases import assert_same_gradients
 from oracle import error, rounding
 from targets import Target
 from torch import Tensor, nn
@@ -110,23 +111,10 @@ def test_modes_and_fuse_types(mode: str, fuse_type: str) -> None:
 def test_gradients_equal_the_twins(norm_layer: Any, training: bool) -> None:
     network, twin = pair(norm_layer)
     network.train(training), twin.train(training)
-    x = maps(grad=True)
-    y = OrderedDict((name, m.detach().clone().requires_grad_()) for name, m in x.items())
-    actual, expected = network(x), twin(y)
-    assert_same(actual, expected)
-    weights = [torch.randn_like(p) for p in expected.values()]
-    for results in (actual, expected):
-        sum((p * w).sum() for p, w in zip(results.values(), weights, strict=True)).backward()
-    pairs = {name: (p.grad, dict(twin.named_parameters())[name].grad) for name, p in network.named_parameters()}
-    pairs |= {f"x[{name}]": (x[name].grad, y[name].grad) for name in x}
-    for name, (got, want) in pairs.items():
-        assert got is not None and want is not None, name
-        assert error(got, want.double()) < 2e-5, name
-    for name, buffer in twin.named_buffers():  # running statistics move as the twin's do, or not at all
-        torch.testing.assert_close(dict(network.named_buffers())[name], buffer)
+    assert_same_gradients(network, twin, (maps(),))
 
 
-def test_only_the_gradients_asked_for() -> None:
+def test_only_the_required_gradients() -> None:
     network, _ = pair(nn.BatchNorm2d)
     network.inner_blocks.requires_grad_(False)
     x = maps()

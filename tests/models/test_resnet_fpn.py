@@ -79,43 +79,36 @@ def assert_equal_with_gradients(model: ResNetFPN, twin: nn.Module, names: list[t
 # ------------------------------------------------------------------------------------------------ systems
 
 
+_NO_P6: dict[str, Any] = {"mode": "bilinear", "smooth": (2, 3, 4), "extra_blocks": None, "return_tuple": True}
+_DETECTRON2: dict[str, Any] = {"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True}
+
+
 def test_the_single_file_resnet_fpn() -> None:
-    model = ResNetFPN(**SMALL, mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+    model = ResNetFPN(**SMALL, **_NO_P6)
     assert_equal_with_gradients(model, single_file_fpn([1, 2, 1, 1], 4), SINGLE_FILE_NAMES, (75, 113))
     with torch.no_grad():
         assert served(lambda: model.eval()(torch.randn(1, 3, 75, 113))) == ["lateral_connection"] * 4
 
 
 def test_kuangliu_fpn101() -> None:
-    model = ResNetFPN(
-        (2, 2, 2, 2), OUT, width=4, mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True
-    )
+    model = ResNetFPN((2, 2, 2, 2), OUT, width=4, **_NO_P6)
     assert_equal_with_gradients(model, kuangliu_fpn101(4), KUANGLIU_NAMES, (60, 90))
 
 
-@pytest.mark.parametrize("norm", [None, group_norm], ids=["plain", "gn"])
-@pytest.mark.parametrize("fuse_type", ["sum", "avg"])
+@pytest.mark.parametrize(("fuse_type", "norm"), [("sum", None), ("avg", group_norm)], ids=["plain", "avg-gn"])
 def test_detectron2(fuse_type: str, norm: Any) -> None:
-    model = ResNetFPN(
-        **SMALL, fuse_type=fuse_type, fpn_norm_layer=norm, norm_layer=FrozenBatchNorm2d, stride_in_1x1=True
-    )
+    model = ResNetFPN(**SMALL, **_DETECTRON2, fuse_type=fuse_type, fpn_norm_layer=norm)
     twin = detectron2_fpn([1, 2, 1, 1], 4, norm=norm, fuse_type=fuse_type)
     assert_equal_with_gradients(model, twin, detectron2_names(2), (64, 96))
 
 
 def test_detectron2_retinanet_takes_p6_and_p7_from_res5() -> None:
-    model = ResNetFPN(
-        **SMALL,
-        levels=(3, 4, 5),
-        extra_blocks=LastLevelP6P7(128, OUT),
-        norm_layer=FrozenBatchNorm2d,
-        stride_in_1x1=True,
-    )
+    model = ResNetFPN(**SMALL, **_DETECTRON2, levels=(3, 4, 5), extra_blocks=LastLevelP6P7(128, OUT))
     twin = detectron2_fpn([1, 2, 1, 1], 4, retina=True)
     assert_equal_with_gradients(model, twin, detectron2_names(3), (64, 96))
 
 
-# --------------------------------------------------------------------------------------------- the real ones
+# ----------------------------------------------------------------------------------------- published sizes and weights
 
 
 def test_resnet50_map_sizes_of_a_600_by_900_image() -> None:
