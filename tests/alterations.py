@@ -57,10 +57,6 @@ def _norms(network: nn.Module) -> list[nn.Module]:
     return [m for m in network.modules() if hasattr(m, "running_mean")]
 
 
-def _has_plain_weight(conv: nn.Conv2d) -> bool:
-    return "weight" in conv._parameters and type(conv.weight) is nn.Parameter
-
-
 def circular(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The usual tiling patch of `_conv_forward`."""
     p = self.padding[0]
@@ -113,20 +109,70 @@ def _fit_for_all(network: nn.Module, conv: nn.Conv2d) -> None:
             replace(network, other, block)
 
 
+def _with(conv: nn.Conv2d, **attributes: Any) -> nn.Conv2d:
+    for name, value in attributes.items():
+        setattr(conv, name, value)
+    return conv
+
+
+def _of_class(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
+    return _with(conv, __class__=cls) if type(conv) is nn.Conv2d else conv
+
+
+def _if_plain_weight(edit: Callable[[nn.Conv2d], nn.Module]) -> Callable[[nn.Conv2d], nn.Module]:
+    """An edit of the weight, unless another edit has replaced it."""
+    return lambda conv: edit(conv) if "weight" in conv._parameters and type(conv.weight) is nn.Parameter else conv
+
+
+def _tagged_weight(conv: nn.Conv2d) -> nn.Conv2d:
+    if type(conv) is not nn.Conv2d or "weight" not in conv._parameters:
+        return conv
+    return _with(conv, weight=nn.Parameter(conv.weight.detach().as_subclass(_Tagged), requires_grad=False))
+
+
+def _plain_tensor(conv: nn.Conv2d) -> nn.Conv2d:
+    """As `nn.DataParallel` makes a replica: tensors in the place of parameters."""
+    return conv if conv._forward_pre_hooks else _with(conv, weight=conv._parameters.pop("weight").detach())
+
+
+def _twice(self: nn.Conv2d, x: Tensor) -> Tensor:
+    return 2 * type(self).forward(self, x)
+
+
+# A convolution to its replacement, which may be the same object.
+CONVOLUTION_EDITS: dict[str, Callable[[Any], nn.Module]] = {
+    "circular": lambda conv: _with(conv, _conv_forward=types.MethodType(circular, conv)),
+    "patched forward": lambda conv: _with(conv, forward=types.MethodType(_twice, conv)),
+    "own __call__": lambda conv: _of_class(conv, _Subclass),
+    "tagged weight": _tagged_weight,
+    "spectral norm": _if_plain_weight(parametrizations.spectral_norm),
+    "weight norm": _if_plain_weight(parametrizations.weight_norm),
+    "pruned": _if_plain_weight(lambda conv: prune.l1_unstructured(conv, "weight", amount=0.5)),
+    "adapter": LowRank,
+    "checkpointed": CheckpointWrapper,
+    # It changes the map that the next level reads, or has read.
+    "activated before": lambda conv: nn.Sequential(nn.ReLU(inplace=True), conv),
+    "activated after": lambda conv: nn.Sequential(conv, nn.ReLU(inplace=True)),
+    "counting norm": lambda conv: nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels)),
+}
+# After these a fused call still computes the convolution.
+QUIET_EDITS: dict[str, Callable[[Any], nn.Module]] = {
+    "quiet subclass": lambda conv: _of_class(conv, _QuietSubclass),
+    "plain tensors": _if_plain_weight(_plain_tensor),
+}
+
+
+def _of_one(edit: Callable[[nn.Conv2d], nn.Module]) -> Callable[[nn.Module, Draw], None]:
+    def edit_one(network: nn.Module, draw: Draw) -> None:
+        conv = draw.choice(convolutions(network))
+        replace(network, conv, edit(conv))
+
+    return edit_one
+
+
 def _circular_everywhere(network: nn.Module, draw: Draw) -> None:
     for conv in convolutions(network):
-        conv._conv_forward = types.MethodType(circular, conv)
-
-
-def _tagged_weight(conv: nn.Conv2d) -> None:
-    if type(conv) is nn.Conv2d and "weight" in conv._parameters:
-        conv.weight = nn.Parameter(conv.weight.detach().as_subclass(_Tagged), requires_grad=False)
-
-
-def _plain_tensor(conv: nn.Conv2d) -> None:
-    """As `nn.DataParallel` makes a replica: tensors in the place of parameters."""
-    if _has_plain_weight(conv) and not conv._forward_pre_hooks:
-        conv.weight = conv._parameters.pop("weight").detach()
+        CONVOLUTION_EDITS["circular"](conv)
 
 
 def _two_dropouts(network: nn.Module, draw: Draw) -> None:
@@ -173,46 +219,16 @@ def _extreme_statistics(network: nn.Module, draw: Draw) -> None:
         norm.running_var.mul_(1e-4)
 
 
-def _of_one(edit: Callable[[nn.Conv2d], Any]) -> Callable[[nn.Module, Draw], None]:
-    return lambda network, draw: edit(draw.choice(convolutions(network))) and None
-
-
-def _replaced(make: Callable[[nn.Conv2d], nn.Module]) -> Callable[[nn.Module, Draw], None]:
-    def edit(network: nn.Module, draw: Draw) -> None:
-        conv = draw.choice(convolutions(network))
-        replace(network, conv, make(conv))
-
-    return edit
-
-
-def _twice(self: nn.Conv2d, x: Tensor) -> Tensor:
-    return 2 * type(self).forward(self, x)
-
-
 EDITS: dict[str, Callable[[nn.Module, Draw], None]] = {
-    "circular instance": _of_one(lambda conv: setattr(conv, "_conv_forward", types.MethodType(circular, conv))),
+    **{name: _of_one(edit) for name, edit in (CONVOLUTION_EDITS | QUIET_EDITS).items()},
     "circular everywhere": _circular_everywhere,
-    "patched forward": _of_one(lambda conv: setattr(conv, "forward", types.MethodType(_twice, conv))),
-    "own __call__": _of_one(lambda c: setattr(c, "__class__", _Subclass) if type(c) is nn.Conv2d else None),
-    "quiet subclass": _of_one(lambda c: setattr(c, "__class__", _QuietSubclass) if type(c) is nn.Conv2d else None),
-    "tagged weight": _of_one(_tagged_weight),
-    "spectral norm": _of_one(lambda conv: parametrizations.spectral_norm(conv) if _has_plain_weight(conv) else None),
-    "weight norm": _of_one(lambda conv: parametrizations.weight_norm(conv) if _has_plain_weight(conv) else None),
-    "pruned": _of_one(lambda c: prune.l1_unstructured(c, "weight", amount=0.5) if _has_plain_weight(c) else None),
-    "adapter": _replaced(LowRank),
-    "checkpointed": _replaced(CheckpointWrapper),
-    # It changes the map that the next level reads, or has read.
-    "activated before": _replaced(lambda conv: nn.Sequential(nn.ReLU(inplace=True), conv)),
-    "activated after": _replaced(lambda conv: nn.Sequential(conv, nn.ReLU(inplace=True))),
     "dropout": _two_dropouts,
-    "counting norm": _replaced(lambda conv: nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))),
     "shared": lambda network, draw: _fit_for_all(network, draw.choice(convolutions(network))),
     "norms in eval": _norms_in_eval(1.0),
     "some norms in eval": _norms_in_eval(0.5),
     "frozen": _frozen,
     "EMA": _ema,
     "channels last": _channels_last,
-    "plain tensors": _of_one(_plain_tensor),
     "extreme statistics": _extreme_statistics,
 }
 

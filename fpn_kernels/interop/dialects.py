@@ -81,14 +81,11 @@ def _examine(path: str, module: nn.Module, dialect: Dialect) -> Found | None:
     names = {cls.__name__ for cls in type(module).__mro__}
     if (dialect.class_names is not None and names.isdisjoint(dialect.class_names)) or not dialect.fits(module):
         return None
-    refused, forward = None, None
     left = _alteration(module, dialect)
-    if left is None:
-        refused = dialect.refusal(module)
+    refused = dialect.refusal(module) if left is None else None
     if left is None and refused is None:
         left = dialect.nothing_to_do(module)
-    if left is None and refused is None:
-        forward, left = _choose(module, dialect)
+    forward, left = _choose(module, dialect) if left is None and refused is None else (None, left)
     return Found(path, module, dialect.name, forward, left, refused)
 
 

@@ -261,12 +261,7 @@ def _check_channels(in_channels_list: Any, out_channels: Any) -> list[int]:
 
 
 def check_integer(argument: str, value: Any, low: int = 1, high: int | None = None) -> None:
-    """Require an integer from `low` to `high`.
-
-    Raises:
-        TypeError: `value` is no integer.
-        ValueError: `value` is out of range.
-    """
+    """Raise TypeError unless `value` is an integer, ValueError unless it is from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -275,11 +270,7 @@ def check_integer(argument: str, value: Any, low: int = 1, high: int | None = No
 
 
 def check_norm_layer(norm_layer: Any) -> None:
-    """Require a callable that makes a norm, not a norm.
-
-    Raises:
-        TypeError: `norm_layer` is a module or not callable.
-    """
+    """Raise TypeError unless `norm_layer` is a callable other than a module."""
     if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
         raise TypeError(
             f"norm_layer: expected a callable (number of channels to norm), got {type(norm_layer).__name__}"

@@ -179,7 +179,7 @@ CHOSEN = [
     *(A(case.name, hooks=True, seed=seed) for seed, case in enumerate(ONE_EACH)),
     A("ours-plain", hooks=True, seed=7),
     # Each alteration of a block, before fusing or after.
-    A("torchvision-bn", ("circular instance",), fuse_first=True),  # seed 0 chooses a 3x3 convolution
+    A("torchvision-bn", ("circular",), fuse_first=True),  # seed 0 chooses a 3x3 convolution
     A("ours-frozen-bn", ("circular everywhere",)),
     A("detectron2-avg", ("patched forward",), seed=1),
     A("ours-plain", ("own __call__",), seed=2),

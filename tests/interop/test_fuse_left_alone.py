@@ -69,7 +69,7 @@ def _fork(forward: Callable[..., Any]) -> nn.Module:
             "OwnMethod has a get_result_from_inner_blocks of its own, which the forward of FeaturePyramidNetwork calls",
         ),
         (_patched, "a forward of its own was put on the instance"),
-        (lambda: _decorated(), "the forward of FeaturePyramidNetwork was decorated or replaced"),
+        (_decorated, "the forward of FeaturePyramidNetwork was decorated or replaced"),
         (lambda: _fork(lambda self, x: list(x.values())), r"computes something else .* \(the output is"),
         (lambda: _fork(lambda self, x, masks: x), "could not be tried on a random input: TypeError"),
         (lambda: _fork(lambda self, x: {k: m.double() for k, m in x.items()}), "computes something else"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from alterations import LowRank
+from alterations import CONVOLUTION_EDITS, QUIET_EDITS
 from oracle import error, rounding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -213,42 +213,16 @@ def test_global_hooks_see_every_module() -> None:
     assert served(lambda: network(x)) == ALL_FUSED, "fused again after the hook is removed"
 
 
-class DoublingConv2d(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _subclassed(conv: nn.Conv2d) -> nn.Module:
-    conv.__class__ = DoublingConv2d
-    return conv
-
-
-def _patched(conv: nn.Conv2d) -> nn.Module:
-    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
-    return conv
-
-
-def _hooked(conv: nn.Conv2d) -> nn.Module:
-    conv.register_forward_hook(lambda module, inputs, output: -output)
-    return conv
-
-
 def _other(**options: Any) -> Callable[[nn.Conv2d], nn.Module]:
-    def make(conv: nn.Conv2d) -> nn.Module:
-        return nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
-
-    return make
+    return lambda conv: nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding="same", **options)
 
 
 # Edits of the convolution of level 1, and of its whole block.
-EDITS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "adapter": LowRank,
-    "subclass": _subclassed,
-    "patched": _patched,
-    "hooked": _hooked,
-    "grouped": _other(padding="same", groups=4),
-    "dilated": _other(padding="same", dilation=2),
-    "reflecting": _other(padding="same", padding_mode="reflect"),
+EDITS: dict[str, Callable[[Any], nn.Module]] = {
+    **{name: edit for name, edit in CONVOLUTION_EDITS.items() if name != "checkpointed"},  # it imports the compiler
+    "grouped": _other(groups=4),
+    "dilated": _other(dilation=2),
+    "reflecting": _other(padding_mode="reflect"),
     "old spectral norm": nn.utils.spectral_norm,
     "block: appended": lambda block: block.append(nn.ReLU()),
     "block: wrapped": lambda block: nn.Sequential(block, nn.ReLU()),
@@ -265,6 +239,7 @@ def test_edited_blocks_are_called(edit: str, blocks: str) -> None:
         torch.manual_seed(1)
         owner, index = (getattr(model, blocks), 1) if edit.startswith("block") else (getattr(model, blocks)[1], 0)
         owner[index] = EDITS[edit](owner[index])
+        model.eval()
     x = maps()
     with torch.no_grad():
         calls = served(lambda: assert_same(network(x), twin(x)))
@@ -272,10 +247,12 @@ def test_edited_blocks_are_called(edit: str, blocks: str) -> None:
         assert convolved(lambda: network(x)) == (4 if blocks == "inner_blocks" else 3)
 
 
-def test_bare_convolutions_are_fused() -> None:
+@pytest.mark.parametrize("edit", ["bare", *QUIET_EDITS])
+def test_bare_and_quietly_edited_convolutions_are_fused(edit: str) -> None:
     network, twin = pair()
     for model in (network, twin):
-        model.inner_blocks[1] = model.inner_blocks[1][0]
+        convolution = model.inner_blocks[1][0]
+        model.inner_blocks[1] = convolution if edit == "bare" else nn.Sequential(QUIET_EDITS[edit](convolution))
     x = maps()
     assert served(lambda: assert_same(network(x), twin(x))) == ALL_FUSED
 
