@@ -88,8 +88,8 @@ def test_copies_are_fused_and_complete(case: Case) -> None:
     assert [type(module) for module in fpn_kernels.unfuse(copied).modules()] == originals
 
 
-def test_an_optimiser_made_before_goes_on() -> None:
-    twin, network = network_of(norm=nn.BatchNorm2d).train(), None
+def test_an_optimiser_made_before_continues() -> None:
+    twin = network_of(norm=nn.BatchNorm2d).train()
     network = copy.deepcopy(twin)
     optimisers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (twin, network)]
     for step in range(3):
@@ -107,7 +107,7 @@ def test_an_optimiser_made_before_goes_on() -> None:
 
 
 @pytest.mark.parametrize("where", ["", "inner_blocks.1", "inner_blocks.1.0", "layer_blocks.2.0"])
-def test_hooks_of_before_and_after_fire(where: str) -> None:
+def test_hooks_added_before_and_after_run(where: str) -> None:
     twin = network_of()
     network = copy.deepcopy(twin)
     seen: list[nn.Module] = []
