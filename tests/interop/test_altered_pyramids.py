@@ -203,7 +203,7 @@ CHOSEN = [
     # Norms and parameters in mixed states.
     A("torchvision-bn", ("norms in eval", "frozen"), seed=6),
     A("detectron2-bn", ("some norms in eval", "EMA"), fuse_first=True, seed=2),
-    A("named-kuangliu", ("EMA", "norms in eval")),
+    A("effdet-bn", ("EMA", "norms in eval")),
     A("torchvision-bn", ("norms in eval", "extreme statistics"), dtype=torch.bfloat16, seed=6),
     A("ours-frozen-bn", ("channels last", "extreme statistics"), seed=4),
     A("mmdet-activation", ("channels last", "counting norm"), dtype=torch.float64, seed=5),

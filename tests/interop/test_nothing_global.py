@@ -56,7 +56,7 @@ def test_two_runs_draw_the_same_and_the_operators_keep_their_meaning() -> None:
 
 def test_threads_that_fuse_leave_no_forced_backend() -> None:
     cls = type("FeaturePyramidNetwork", (FeaturePyramidNetwork,), {})
-    networks = [cls(CHANNELS, WIDTH) for _ in range(8)]
+    networks = [cls(CHANNELS, WIDTH) for _ in range(4)]
     seen: set[str | None] = set()
 
     def compute(done: threading.Event) -> None:

@@ -249,23 +249,23 @@ def test_copies_are_complete_and_independent() -> None:
         assert_same(network(x), before)
 
 
-# A folded norm takes the most code of this library; no norm takes less, and GroupNorm compiles PyTorch's operators.
+# In `make test` the folded norm, which runs the most code of this library, without the compilation of a backward.
 @pytest.mark.parametrize(
-    "norm_layer",
+    ("norm_layer", "grad"),
     [
-        pytest.param(None, marks=pytest.mark.nightly),
-        nn.BatchNorm2d,
-        pytest.param(group_norm, marks=pytest.mark.nightly),
+        (nn.BatchNorm2d, False),
+        *(pytest.param(norm, True, marks=pytest.mark.nightly) for norm in (None, nn.BatchNorm2d, group_norm)),
     ],
 )
-def test_compiles_without_a_graph_break_and_exports(norm_layer: Any) -> None:
+def test_compiles_without_a_graph_break_and_exports(norm_layer: Any, grad: bool) -> None:
     network, twin = pair(norm_layer)
     network.extra_blocks = twin.extra_blocks = LastLevelMaxPool()
     x = maps()
-    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
-    assert_same(compiled(x), twin(x))
     y = OrderedDict((n, torch.randn(3, m.shape[1], m.shape[2] + 1, m.shape[3] + 2)) for n, m in x.items())
-    assert_same(compiled(y), twin(y))
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        assert_same(compiled(x), twin(x))
+        assert_same(compiled(y), twin(y))
     with torch.no_grad():
         program = torch.export.export(network, (x,))
     operator = "upsample_add" if norm_layer is group_norm else "top_down_pathway"
