@@ -1,4 +1,4 @@
-"""What importing the library requires, checked before any other file of it is imported: torch, and to be the first."""
+"""The requirements of an import, checked before any other file: a recent torch, and no earlier import."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ OLDEST_TORCH = (2, 10)
 
 
 def older_than(release: tuple[int, int], version: str = torch.__version__) -> bool:
-    """Whether torch is; a version that is not numbers (a build of one's own) is not."""
+    """Whether a version is older than a release; one that is not numeric (a custom build) is not."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < release
 
 
 def require_torch(version: str = torch.__version__) -> None:
-    """Raises where torch is too old; a version that is not numbers (a build of one's own) is let through.
+    """Require a torch that is not too old; a version that is not numeric (a custom build) passes.
 
     Raises:
         ImportError: with the version found, the version needed and the command that installs it.
@@ -31,20 +31,20 @@ def require_torch(version: str = torch.__version__) -> None:
 
 
 def version_of(distribution: str) -> str | None:
-    """The version of an installed distribution; None where there is none, or its metadata cannot be read."""
+    """The version of an installed distribution; None if there is none, or its metadata cannot be read."""
     try:
         return importlib.metadata.version(distribution)
-    except Exception:  # whatever is in somebody else's files
+    except Exception:  # broken metadata may raise anything
         return None
 
 
 def require_first_import() -> None:
-    """Raises where this process has registered the library's operators before: torch takes them once.
+    """Require that this process has not registered the operators before: torch accepts them only once.
 
     Raises:
-        ImportError: with the path of the first import, and what to do.
+        ImportError: with the path of the first import and the remedy.
     """
-    # A namespace of operators lives as long as the process, whatever becomes of `sys.modules`.
+    # A namespace of operators lives as long as the process, even if `sys.modules` changes.
     first = vars(torch.ops.fpn_kernels).get("_imported_from")
     if first is not None:
         raise ImportError(
@@ -54,7 +54,7 @@ def require_first_import() -> None:
 
 
 def mark_first_import() -> None:
-    """Notes where the operators are registered from, for `require_first_import`."""
+    """Record the path from which the operators are registered, for `require_first_import`."""
     vars(torch.ops.fpn_kernels)["_imported_from"] = os.path.dirname(__file__)
 
 

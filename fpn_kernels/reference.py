@@ -1,6 +1,6 @@
-"""The plain PyTorch twin of every function that computes: what the tests and the benchmarks compare with.
+"""The plain PyTorch twin of each operator: the baseline of the tests and the benchmarks.
 
-Same names, arguments and results as `fpn_kernels`, written the way a model without this library writes them.
+The names, arguments and results are those of `fpn_kernels`; the code is that of a model without this library.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def weighted_merge(
     eps: float = 1e-4,
     mode: str = "nearest",
 ) -> Tensor:
-    """``sum(w[i] * F.interpolate(inputs[i]))``, as BiFPN's published code has it; see `fpn_kernels.weighted_merge`."""
+    """``sum(w[i] * F.interpolate(inputs[i]))``, as in BiFPN's published code; see `fpn_kernels.weighted_merge`."""
     if normalization == "softmax":
         factors = torch.softmax(weights, 0)
     else:
@@ -101,11 +101,11 @@ def weighted_merge(
 
 
 class FeaturePyramidNetwork(nn.Module):
-    """The neck in plain PyTorch: same `state_dict` keys as `fpn_kernels.FeaturePyramidNetwork` without extra blocks.
+    """The neck in plain PyTorch, with the `state_dict` keys of `fpn_kernels.FeaturePyramidNetwork`; no extra blocks.
 
     Args:
         in_channels_list: channels of each map, finest first.
-        out_channels: channels of every output map.
+        out_channels: channels of each output map.
         mode: upsampling mode of `torch.nn.functional.interpolate`.
         gain: factor on each merge.
     """
@@ -124,7 +124,7 @@ class FeaturePyramidNetwork(nn.Module):
         )
 
     def forward(self, x: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-        """Maps finest first, by name, in; output maps under the same names out."""
+        """Maps by name, finest first, to output maps under the same names."""
         features = list(x.values())
         merged = self.inner_blocks[-1](features[-1])
         outputs = [self.layer_blocks[-1](merged)]

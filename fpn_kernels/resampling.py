@@ -1,14 +1,12 @@
-"""Source indices of `torch.nn.functional.interpolate`, and their inverse ranges, in one place.
+"""Source indices of `torch.nn.functional.interpolate`, and their inverse ranges, for all backends.
 
-Every backend resamples by the index arithmetic written down here.  In eager PyTorch the nearest index is a
-*float32* computation (`nearest_neighbor_compute_source_index` in ATen's `UpSample.h`), and the rounding of that
-product shows: at 1,619 of the 79,401 pairs in < 200, out < 400 it is not the rational ``dst * in // out``.
+Eager PyTorch computes the nearest index in *float32* (`nearest_neighbor_compute_source_index` in ATen's `UpSample.h`).
+Rounding matters: for 1,619 of the 79,401 pairs in < 200, out < 400 the index is not the rational ``dst * in // out``.
 
-Eager is not of one mind about it.  Measured on torch 2.13, CPU: large contiguous float64 maps index in float64 in
-"nearest", and large contiguous maps of any dtype use a third formula in "nearest-exact", while small maps,
-channels-last maps of four channels or more and eager's own backward use the float32 formula.  Here the float32
-formula serves every dtype, size and layout, so that a result does not depend on the layout of a map, and the backward
-is the exact adjoint.
+Eager has several formulas (measured on torch 2.13, CPU).  Large contiguous float64 maps index in float64 in "nearest",
+and large contiguous maps of any dtype use a third formula in "nearest-exact".  Small maps, channels-last maps of at
+least four channels and the backward use the float32 formula.  This library uses the float32 formula for every dtype,
+size and layout, so that a result does not depend on the layout, and the backward is the exact adjoint.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ MODES = (*NEAREST_MODES, "bilinear")
 
 
 def scale(in_size: int, out_size: int) -> float:
-    """Source pixels to one destination pixel, ``float32(in) / float32(out)``, as a Python float."""
+    """Source pixels per destination pixel, ``float32(in) / float32(out)``, as a Python float."""
     return _float32(_float32(in_size) / _float32(out_size))
 
 
 def source_index(in_size: int, out_size: int, mode: str = "nearest", device: torch.device | str = "cpu") -> Tensor:
-    """The pixel that each destination pixel reads along one axis, in the nearest modes.
+    """The source pixel of each destination pixel along one axis, in the nearest modes.
 
     ``nearest``: ``min(floor(dst * scale), in - 1)``; ``nearest-exact``: ``min(floor((dst + 0.5) * scale), in - 1)``,
     both in float32.
@@ -46,14 +44,14 @@ def source_index(in_size: int, out_size: int, mode: str = "nearest", device: tor
 
 
 def source_ranges(source: Tensor, in_size: int) -> tuple[Tensor, Tensor]:
-    """The half-open range of destination pixels that read each source pixel: the forward's own indices, inverted.
+    """The half-open range of destination pixels that read each source pixel: the inverse of `source_index`.
 
     Args:
         source: a non-decreasing ``source_index`` result, ``[out_size]``.
         in_size: the number of source pixels.
 
     Returns:
-        ``(start, stop)``, int64 ``[in_size]`` each; empty where no destination pixel reads the source pixel.
+        ``(start, stop)``, int64 ``[in_size]`` each; an empty range if no destination pixel reads the source pixel.
     """
     edges = torch.searchsorted(source, torch.arange(in_size + 1, dtype=torch.int64, device=source.device))
     return edges[:-1], edges[1:]
@@ -64,7 +62,7 @@ def bilinear_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two source pixels of each destination pixel and the weight of the second (align_corners=False).
 
-    ``src = max(scale * (dst + 0.5) - 0.5, 0)``, computed in float64 where `dtype` is float64, else in float32.
+    ``src = max(scale * (dst + 0.5) - 0.5, 0)``, in float64 if `dtype` is float64, else in float32.
 
     Returns:
         ``(lower, upper, weight_of_upper)``: int64, int64 and `dtype`, ``[out_size]`` each.
@@ -77,21 +75,21 @@ def bilinear_weights(
 
 
 def longest_range(in_size: int, out_size: int) -> int:
-    """An upper bound, on the host and without tables, of how many destination pixels read one source pixel.
+    """An upper bound on the number of destination pixels that read one source pixel.
 
-    One more than the rational bound, because a float32 index may sit one pixel to either side of it.
+    One more than the rational bound, because a float32 index may be off by one pixel to either side.
     """
     return min(-(-out_size // in_size) + 1, out_size)
 
 
 @functools.lru_cache(maxsize=1024)
 def indices_agree(in_size: int, out_size: int, mode: str, dtype: torch.dtype) -> bool:
-    """Whether eager PyTorch's CPU forward is sure to read, along one axis, the pixels that `source_index` names.
+    """Whether eager PyTorch's CPU forward certainly reads the pixels of `source_index` along one axis.
 
-    It has a second path, taken on contiguous maps depending on their size, which computes in the dtype its sums have
-    (measured: a float64 map takes it above 128 rows and columns in all).  In "nearest" that is
-    ``floor(float32(dst * scale))``, for float32 sums the usual formula.  In "nearest-exact" it subtracts and adds a
-    half around the product, so its floor is sure only where the position is clear of the next whole number.
+    Its second path, for contiguous maps above some size, computes in the dtype of its accumulators (measured: float64
+    maps with more than 128 rows and columns together).  In "nearest" this is ``floor(float32(dst * scale))``, which for
+    float32 accumulators is the usual formula.  In "nearest-exact" it subtracts and adds a half around the product, so
+    its floor is certain only if the position is not close to a whole number.
     """
     if in_size == out_size or (mode == "nearest" and dtype != torch.float64):
         return True
@@ -105,16 +103,16 @@ def indices_agree(in_size: int, out_size: int, mode: str, dtype: torch.dtype) ->
 
 
 def _float32(value: float) -> float:
-    """Rounded to float32; products and quotients of float32 values made in float64 round to what float32 gives."""
+    """Round to float32.  A float64 product or quotient of float32 values rounds to the float32 result."""
     return ctypes.c_float(value).value
 
 
 @functools.lru_cache(maxsize=1024)
 def formulas_agree(in_size: int, out_size: int) -> bool:
-    """Whether every usual way to compute the "nearest" index names the pixels of `source_index` along one axis.
+    """Whether the other common formulas of the "nearest" index equal `source_index` along one axis.
 
-    They are the rational ``dst * in // out``, and ONNX's ``floor(dst / scale)`` with ``scale = float32(out / in)``.
-    On Python's numbers: while a program is traced, tensors have no values.
+    These are the rational ``dst * in // out``, and ONNX's ``floor(dst / scale)`` with ``scale = float32(out / in)``.
+    Computed on Python's numbers, since a tensor has no values while a program is traced.
     """
     ratio, inverse = _float32(in_size / out_size), _float32(out_size / in_size)
     last = in_size - 1

@@ -1,11 +1,11 @@
-"""Which level of the pyramid a region of interest is pooled from."""
+"""The level of the pyramid from which a region of interest is pooled."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Each detector guards the boundary areas with an epsilon of its own, in a place of its own.
+# Detectors differ in the value and the place of the epsilon for boundary areas.
 CONVENTIONS = ("torchvision", "detectron2", "mmdetection")
 
 
@@ -19,8 +19,7 @@ def assign_levels(
 ) -> Tensor:
     """Assigns each box to a level: ``floor(canonical_level + log2(sqrt(w h) / canonical_size))``, clamped.
 
-    With s = sqrt(w h), k0 and s0 the canonical level and
-    size, and kmin the first of `levels`, the conventions are
+    With s = sqrt(w h), k0 and s0 the canonical level and size, and kmin the first of `levels`, the conventions are
 
     - ``"torchvision"``: ``floor(k0 + log2(s / s0) + 1e-6)``
     - ``"detectron2"``: ``floor(k0 + log2(s / s0 + 1e-8))``
@@ -28,15 +27,15 @@ def assign_levels(
 
     Args:
         boxes: ``[K, 4]`` as x1, y1, x2, y2, of any floating-point or integer dtype; K may be 0.
-        levels: the first (finest) and the last (coarsest) level there is.
+        levels: the finest and the coarsest level.
         canonical_level: the level of a box of the canonical size.
         canonical_size: the side of a square box at the canonical level.
-        convention: whose rounding; see above.
+        convention: the rounding of a detector; see above.
 
     Returns:
-        int64 ``[K]``, level numbers from ``levels[0]`` to ``levels[1]``.  Computed in float32 whatever the dtype of
-        `boxes`, as the detectors do.  A box with no area (``x2 <= x1`` or ``y2 <= y1``) or with a NaN goes to the
-        finest level, an infinite one to the coarsest.
+        int64 ``[K]``, level numbers from ``levels[0]`` to ``levels[1]``.  Computed in float32 for every dtype of
+        `boxes`, as in the detectors.  A box without area (``x2 <= x1`` or ``y2 <= y1``) or with a NaN goes to the
+        finest level, an infinite box to the coarsest.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -48,7 +47,7 @@ def assign_levels(
         computed by PyTorch.  Not differentiable: a level is a whole number.
 
     Cost:
-        ``16 K`` bytes of float32 boxes read and ``8 K`` bytes written, beside the temporaries of eager PyTorch.
+        ``16 K`` bytes of float32 boxes read and ``8 K`` bytes written, plus the temporaries of eager PyTorch.
 
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, equation 1; the conventions are those of torchvision's
@@ -56,7 +55,7 @@ def assign_levels(
     """
     finest, coarsest = _check(boxes, levels, canonical_level, canonical_size, convention)
     corners = boxes.to(torch.float32)
-    # Sides are clamped: two negative ones would make a positive area.
+    # Clamped, since two negative sides would give a positive area.
     sides = (corners[:, 2:] - corners[:, :2]).clamp(min=0)
     size = (sides[:, 0] * sides[:, 1]).sqrt()
     if convention == "torchvision":

@@ -1,21 +1,21 @@
-"""The least work each operator can do, and the time that work takes at best.
+"""The minimal work of each operator, and the time of that work at best.
 
-Every function returns a `Cost`: the bytes that have to cross the memory interface if each input is read once,
-each result is written once and nothing else moves, and the operations that have to be done. `Cost.floor` turns
-it into seconds for a machine's measured ceilings. A benchmark states its time as a fraction of that floor; no
-time is ever derived from it.
+Each function returns a `Cost`: the operations, and the bytes that cross the memory interface if each input is read
+once, each result is written once and nothing else moves.  `Cost.floor` converts it to seconds for the measured
+ceilings of a machine.  A benchmark compares its measured time with this floor.
 
-Conventions, the same throughout:
+Conventions:
 
-- sizes are those of the tensors: `feature` is `(N, Cin, H, W)`, an output is `(N, Cout, H, W)`, a top `(h, w)`;
-- in the convolutions one multiply-add counts as two operations, and only the multiply-adds count: adding the bias
-  and the top is 1 / (2 Cin) of them, and on a GPU the tensor cores' rate does not apply to it;
-- parameters (weights and biases) are counted, their gradients too;
-- the resize's own interpolation weights are not counted, so that the figure stays a lower bound in every mode.
+- `feature` is `(N, Cin, H, W)`, an output `(N, Cout, H, W)`, the size of a top `(h, w)`;
+- a multiply-add counts as two operations.  In the convolutions only multiply-adds count: adding the bias and the top
+  is 1 / (2 Cin) of them, and on a GPU the rate of the tensor cores does not apply to it;
+- parameters (weights and biases) and their gradients are counted;
+- the interpolation weights of the resize are not counted, so that the figure is a lower bound in every mode.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes moved and operations done. Costs add; a sum's floor is that of one pass doing all of it."""
+    """Bytes moved and operations.  Costs add; the floor of a sum is that of one pass over all of it."""
 
     bytes: int
     flops: int
@@ -35,32 +35,29 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
     def floor(self, bandwidth: float, flop_rate: float) -> float:
-        """Seconds at best, for `bandwidth` in bytes/s and `flop_rate` in operations/s, perfectly overlapped."""
+        """Seconds at best, for `bandwidth` in bytes/s and `flop_rate` in operations/s, if both overlap perfectly."""
         if not (bandwidth > 0 and flop_rate > 0):
             raise ValueError(f"bandwidth and flop_rate must be above 0, got {bandwidth!r} and {flop_rate!r}")
         return max(self.bytes / bandwidth, self.flops / flop_rate)
 
 
 def _numel(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= int(size)
-    return count
+    return math.prod(map(int, shape))
 
 
 def _top_read(lateral: Shape, top_size: Shape) -> int:
     """Elements of top that nearest upsampling reads: N C min(h, H) min(w, W).
 
-    All of it, unless the "top" is the finer map: then only one row and column for each of the result's.
+    This is all of it, unless the "top" is the finer map.
     """
     n, c, height, width = lateral
     return n * c * min(top_size[0], height) * min(top_size[1], width)
 
 
 def upsample_add(lateral: Shape, top_size: Shape, dtype: torch.dtype, *, gain: float = 1.0) -> Cost:
-    """Read lateral, read top, write the sum: (2 N C H W + N C h w) elements; one addition an element.
+    """Read lateral and top, write the sum: (2 N C H W + N C h w) elements; one addition per element.
 
-    A gain other than 1 costs one multiplication an element and no byte.
+    A gain other than 1 costs one multiplication per element and no byte.
     """
     count = _numel(lateral)
     flops = count if gain == 1.0 else 2 * count
@@ -68,9 +65,9 @@ def upsample_add(lateral: Shape, top_size: Shape, dtype: torch.dtype, *, gain: f
 
 
 def upsample_add_backward(lateral: Shape, top_size: Shape, dtype: torch.dtype, *, gain: float = 1.0) -> Cost:
-    """Read grad, write grad_top: (N C H W + N C h w) elements; one addition an element of grad.
+    """Read grad, write grad_top: (N C H W + N C h w) elements; one addition per element of grad.
 
-    With gain 1 the gradient of lateral is grad itself and moves nothing; otherwise it is N C H W elements more.
+    With gain 1 the gradient of lateral is grad itself and moves nothing; otherwise it adds N C H W elements.
     """
     count, coarse = _numel(lateral), _numel([*lateral[:2], *top_size])
     if gain == 1.0:
@@ -79,22 +76,22 @@ def upsample_add_backward(lateral: Shape, top_size: Shape, dtype: torch.dtype, *
 
 
 def _factors(count: int, dtype: torch.dtype) -> int:
-    """Bytes of the factors of so many maps, which are float32 (float64 for float64 maps)."""
+    """Bytes of one factor per map, in float32 (float64 for float64 maps)."""
     return count * max(4, dtype.itemsize)
 
 
 def weighted_merge(first: Shape, other_sizes: Sequence[Shape], dtype: torch.dtype) -> Cost:
-    """Read the first map, each other and the factors, write the sum; a product a map and the additions an element."""
+    """Read all maps and the factors, write the sum; per element, one product per map and the additions."""
     count, maps = _numel(first), 1 + len(other_sizes)
     elements = 2 * count + sum(_top_read(first, size) for size in other_sizes)
     return Cost(elements * dtype.itemsize + _factors(maps, dtype), (2 * maps - 1) * count)
 
 
 def weighted_merge_backward(first: Shape, other_sizes: Sequence[Shape], dtype: torch.dtype) -> Cost:
-    """Read grad, each map and the factors, write the gradients of maps and factors.
+    """Read grad, all maps and the factors, write the gradients of maps and factors.
 
-    Per element of a map three operations (its gradient; a product and a sum of the factor's), and an addition an
-    element of grad for each map that was resized.
+    Per element of a map, three operations (its gradient; a product and a sum for the gradient of the factor).  Per
+    element of grad, one addition for each resized map.
     """
     n, c = first[:2]
     own = [_numel(first), *(n * c * _numel(size) for size in other_sizes)]
@@ -129,8 +126,8 @@ def lateral_connection_backward(
 ) -> Cost:
     """Read grad, feature and weight, write their gradients and those of top and bias.
 
-    Two matrix products the size of the forward's: grad_feature = W^T grad and grad_weight = grad feature^T, so
-    4 N H W Cin Cout operations. `feature_grad=False` is a frozen backbone: one product, and weight is not read.
+    Two matrix products of the forward's size, grad_feature = W^T grad and grad_weight = grad feature^T:
+    4 N H W Cin Cout operations.  `feature_grad=False` is a frozen backbone: one product, and weight is not read.
     """
     n, cin, height, width = feature
     weight = cin * out_channels
@@ -147,7 +144,7 @@ def lateral_connection_backward(
 def output_conv(feature: Shape, out_channels: int, dtype: torch.dtype, *, bias: bool = True) -> Cost:
     """Read feature, weight and bias, write the result; 18 N H W Cin Cout operations (3x3, stride 1, padding 1).
 
-    The taps that fall on the padding are counted, as usual: about 6 (H + W) of 9 H W.
+    As usual, the products with padding are counted: about 6 (H + W) of 9 H W.
     """
     n, cin, height, width = feature
     elements = n * (cin + out_channels) * height * width + 9 * cin * out_channels + (out_channels if bias else 0)
@@ -168,12 +165,12 @@ def _parameters(features: Sequence[Shape], out_channels: int, *, bias: bool) -> 
 
 
 def _merged(features: Sequence[Shape], out_channels: int) -> int:
-    """Elements of M2..M5, which is also that of P2..P5: one map of `out_channels` for each feature."""
+    """Elements of M2..M5, and also of P2..P5: one map of `out_channels` per feature."""
     return sum(_numel([shape[0], out_channels, *shape[2:]]) for shape in features)
 
 
 def top_down_pathway(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, bias: bool = True) -> Cost:
-    """Read every feature and parameter, write every merged map; a merged map is not read back as a top."""
+    """Read all features and parameters, write all merged maps; no merged map is read again as a top."""
     elements = sum(map(_numel, features)) + _parameters(features, out_channels, bias=bias)
     elements += _merged(features, out_channels)
     flops = sum(lateral_connection(shape, out_channels, None, dtype).flops for shape in features)
@@ -183,9 +180,9 @@ def top_down_pathway(features: Sequence[Shape], out_channels: int, dtype: torch.
 def top_down_pathway_backward(
     features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, bias: bool = True
 ) -> Cost:
-    """Read the gradient of every merged map, every feature and weight; write the gradients of the last two.
+    """Read the gradients of all merged maps, all features and weights; write the gradients of the last two.
 
-    The gradient that runs from the finest level to the coarsest is not counted: a single pass keeps it on chip.
+    The gradient from one level to the next coarser one is not counted: a single pass keeps it on chip.
     """
     parameters = _parameters(features, out_channels, bias=bias)
     weights = _parameters(features, out_channels, bias=False)
@@ -195,10 +192,10 @@ def top_down_pathway_backward(
 
 
 def neck(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True) -> Cost:
-    """The whole neck, forward, with biases: read C2..C5 and parameters, write P2..P5 (and P6, if `pool`).
+    """The forward of the neck with biases: read C2..C5 and parameters, write P2..P5 (and P6, if `pool`).
 
-    The merged maps are not counted: nothing in the formula of the FPN makes them leave the chip. P6 takes every
-    second pixel of P5, so it adds N C ceil(H5 / 2) ceil(W5 / 2) elements written.
+    The merged maps are not counted: they may stay on chip.  P6 is every second pixel of P5, so it adds
+    N C ceil(H5 / 2) ceil(W5 / 2) elements written.
     """
     pathway = top_down_pathway(features, out_channels, dtype)
     outputs = [output_conv([s[0], out_channels, *s[2:]], out_channels, dtype) for s in features]
@@ -208,21 +205,21 @@ def neck(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, po
 
 
 def neck_backward(features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True) -> Cost:
-    """The neck's backward alone: read grad P, M, C and the weights, write grad C and the parameters' gradients.
+    """The backward of the neck: read grad P, M, C and the weights, write grad C and the gradients of the parameters.
 
-    The merged maps are read (the gradient of a 3x3 weight needs them); their gradients stay on the chip.
+    The merged maps are read, because the gradient of a 3x3 weight needs them; their gradients stay on chip.
     """
     pathway = top_down_pathway_backward(features, out_channels, dtype)
     outputs = [output_conv_backward([s[0], out_channels, *s[2:]], out_channels, dtype) for s in features]
     total = sum(outputs, start=pathway)
-    on_chip = 2 * _merged(features, out_channels)  # grad M: written by the output convolutions, read by the pathway
+    on_chip = 2 * _merged(features, out_channels)  # grad M, written by the output convolutions, read by the pathway
     return Cost(total.bytes + (_pooled(features, out_channels, pool) - on_chip) * dtype.itemsize, total.flops)
 
 
 def neck_forward_backward(
     features: Sequence[Shape], out_channels: int, dtype: torch.dtype, *, pool: bool = True
 ) -> Cost:
-    """A training step of the neck: forward, backward, and the merged maps written between the two."""
+    """A training step of the neck: forward, backward, and one write of the merged maps."""
     kept = Cost(_merged(features, out_channels) * dtype.itemsize, 0)
     forward = neck(features, out_channels, dtype, pool=pool)
     return forward + kept + neck_backward(features, out_channels, dtype, pool=pool)

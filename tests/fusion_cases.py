@@ -1,4 +1,4 @@
-"""The pyramids that `fuse` is tested on: each dialect with each of its options."""
+"""Pyramids to fuse: each dialect with each of its options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, smp_twin, torchvision_twin
+from oracle import error
 from resnet_twins import NamedLayersFPN, kuangliu_fpn101, single_file_fpn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm, scramble, served
+from twins import CHANNELS, NAMES, SIZES, WIDTH, group_norm, scramble
 
 from fpn_kernels.modules import FrozenBatchNorm2d
 
@@ -30,8 +31,8 @@ class Case:
         name: the dialect and the option.
         make: makes it, in any state.
         example: the arguments of a call.
-        calls: the library's operators that one call in eval mode is to use, once fused.
-        dialect: how a report names it.
+        calls: the pathway's operators in one call of the fused module in eval mode.
+        dialect: its name in a report.
     """
 
     name: str
@@ -168,7 +169,7 @@ def _smp() -> list[Case]:
     def case(mode: str) -> Case:
         def make() -> nn.Module:
             decoder = smp_twin.FPNDecoder(CHANNELS, WIDTH, mode)
-            decoder.dropout.p = 0.0  # what is left out at random cannot be compared
+            decoder.dropout.p = 0.0  # random results cannot be compared
             return decoder
 
         dialect = "segmentation_models_pytorch FPNBlock"
@@ -209,12 +210,36 @@ def requiring_grad(arguments: Any) -> Any:
 
 
 def network_of(cls: type[nn.Module] = torchvision_twin.FeaturePyramidNetwork, norm: Any = None) -> Any:
-    """torchvision's pyramid, or a class derived from it, in eval mode with weights that hide nothing."""
+    """torchvision's pyramid, or a derived class, in eval mode with scrambled weights."""
     network = cls(CHANNELS, WIDTH, None, norm)
     scramble(network)
     return network.eval()
 
 
-def fused_calls(call: Callable[[], Any]) -> list[str]:
-    """The operators of the pathway that a call used."""
-    return [name for name in served(call) if name != "output_conv"]
+def assert_same_output(actual: Any, expected: Any, limit: float = 2e-5) -> None:
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+    for left, right in zip(leaves(actual), leaves(expected), strict=True):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        assert error(left.detach(), right.detach().double()) < limit
+
+
+def assert_same_gradients(model: nn.Module, twin: nn.Module, example: Any) -> None:
+    """Compare outputs, gradients of parameters and inputs, and buffers after one forward and backward."""
+    x, y = requiring_grad(example), requiring_grad(example)
+    actual, expected = model(*x), twin(*y)
+    assert_same_output(actual, expected)
+    weights = [torch.randn_like(leaf) for leaf in leaves(expected)]
+    for results in (actual, expected):
+        sum((leaf * weight).sum() for leaf, weight in zip(leaves(results), weights, strict=True)).backward()
+    theirs = dict(twin.named_parameters())
+    pairs = [(name, p.grad, theirs[name].grad) for name, p in model.named_parameters()]
+    pairs += [("input", a.grad, b.grad) for a, b in zip(leaves(x), leaves(y), strict=True)]
+    for name, got, want in pairs:
+        assert (got is None) == (want is None), name
+        if want is not None:
+            # Under BatchNorm in training, the gradient of a 3x3 convolution nearly cancels.
+            assert (got - want).norm() <= 2e-5 * want.norm() + 2e-6, name
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer)

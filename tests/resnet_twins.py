@@ -1,6 +1,6 @@
-"""ResNets with their pyramids in plain PyTorch, named and run as the networks that users bring along.
+"""ResNets with their pyramids in plain PyTorch, with the names of published networks.
 
-Our own code with the published names; `width` makes them small enough for a test (published: 64).
+`width` makes them small enough for a test (published: 64).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from foreign import detectron2_twin
 from torch import Tensor, nn
 
 OUT = 12
@@ -117,91 +118,50 @@ class _ConstantNorm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=1e-5)
 
 
-class _NormedConv2d(nn.Conv2d):
-    """Detectron2's Conv2d: the norm is a child of the convolution."""
-
-    def __init__(self, *arguments: Any, norm: nn.Module | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return x if self.norm is None else self.norm(x)
+def _normed(cin: int, cout: int, kernel: int, stride: int) -> nn.Module:
+    return detectron2_twin.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False, norm=_ConstantNorm(cout))
 
 
 class _Detectron2Block(nn.Module):
     def __init__(self, cin: int, width: int, stride: int) -> None:
         super().__init__()
         out = 4 * width
-
-        def conv(a: int, b: int, kernel: int, stride: int) -> nn.Module:
-            return _NormedConv2d(a, b, kernel, stride, kernel // 2, bias=False, norm=_ConstantNorm(b))
-
-        self.shortcut = conv(cin, out, 1, stride) if cin != out else None
-        self.conv1 = conv(cin, width, 1, stride)  # STRIDE_IN_1X1, as its ImageNet weights want
-        self.conv2, self.conv3 = conv(width, width, 3, 1), conv(width, out, 1, 1)
+        self.shortcut = _normed(cin, out, 1, stride) if cin != out else None
+        self.conv1 = _normed(cin, width, 1, stride)  # STRIDE_IN_1X1, as its ImageNet weights require
+        self.conv2, self.conv3 = _normed(width, width, 3, 1), _normed(width, out, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
         return F.relu(out + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class Detectron2FPN(nn.Module):
-    """Image in, `p2..p6` out by name; or, as its RetinaNet has it, `p3..p7` with P6 and P7 from res5."""
-
-    def __init__(
-        self, layers: list[int], width: int, *, norm: Any = None, fuse_type: str = "sum", retina: bool = False
-    ) -> None:
+class _Detectron2ResNet(nn.Module):
+    def __init__(self, layers: list[int], width: int) -> None:
         super().__init__()
-        self.fuse_type, self.first = fuse_type, 3 if retina else 2
-        self.bottom_up = nn.Module()
-        self.bottom_up.stem = nn.Module()
-        self.bottom_up.stem.conv1 = _NormedConv2d(3, width, 7, 2, 3, bias=False, norm=_ConstantNorm(width))
+        self.stem = nn.ModuleDict({"conv1": _normed(3, width, 7, 2)})
         cin = width
         for stage, blocks in enumerate(layers):
             parts = []
             for index in range(blocks):
                 parts.append(_Detectron2Block(cin, width * 2**stage, 2 if stage and not index else 1))
                 cin = 4 * width * 2**stage
-            self.bottom_up.add_module(f"res{stage + 2}", nn.Sequential(*parts))
-        for level in range(self.first, 6):
-            for name, channels, kernel in (("lateral", width * 2**level, 1), ("output", OUT, 3)):
-                conv = _NormedConv2d(
-                    channels,
-                    OUT,
-                    kernel,
-                    padding=kernel // 2,
-                    bias=norm is None,
-                    norm=None if norm is None else norm(OUT),
-                )
-                self.add_module(f"fpn_{name}{level}", conv)
-        self.top_block = None
-        if retina:
-            self.top_block = nn.Module()
-            self.top_block.p6 = nn.Conv2d(32 * width, OUT, 3, 2, 1)
-            self.top_block.p7 = nn.Conv2d(OUT, OUT, 3, 2, 1)
+            self.add_module(f"res{stage + 2}", nn.Sequential(*parts))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = F.max_pool2d(F.relu(self.bottom_up.stem.conv1(x)), 3, 2, 1)
-        features = {}
-        for level in range(2, 6):
-            features[level] = x = getattr(self.bottom_up, f"res{level}")(x)
-        merged, results = None, {}
-        for level in range(5, self.first - 1, -1):
-            lateral = getattr(self, f"fpn_lateral{level}")(features[level])
-            if merged is None:
-                merged = lateral
-            else:
-                merged = lateral + F.interpolate(merged, scale_factor=2, mode="nearest")
-                merged = merged / 2 if self.fuse_type == "avg" else merged
-            results[f"p{level}"] = getattr(self, f"fpn_output{level}")(merged)
-        results = dict(reversed(results.items()))
-        if self.top_block is None:
-            results["p6"] = F.max_pool2d(results["p5"], 1, 2, 0)
-        else:
-            results["p6"] = self.top_block.p6(features[5])
-            results["p7"] = self.top_block.p7(F.relu(results["p6"]))
-        return results
+        x, maps = F.max_pool2d(F.relu(self.stem["conv1"](x)), 3, 2, 1), {}
+        for name in ("res2", "res3", "res4", "res5"):
+            x = maps[name] = getattr(self, name)(x)
+        return maps
+
+
+def detectron2_fpn(
+    layers: list[int], width: int, *, norm: Any = None, fuse_type: str = "sum", retina: bool = False
+) -> nn.Module:
+    """Image in, `p2..p6` out by name; or, as in its RetinaNet, `p3..p7` with P6 and P7 from res5."""
+    levels = range(3 if retina else 2, 6)
+    top = detectron2_twin.LastLevelP6P7(32 * width, OUT) if retina else detectron2_twin.LastLevelMaxPool()
+    names, channels = [f"res{n}" for n in levels], [width * 2**n for n in levels]
+    return detectron2_twin.FPN(_Detectron2ResNet(layers, width), names, channels, OUT, norm, top, fuse_type)
 
 
 _PYRAMID = [(r"^toplayer\.", "fpn.inner_blocks.3.0."), (r"^smooth1\.", "fpn.layer_blocks.2.0.")]

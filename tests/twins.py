@@ -1,7 +1,4 @@
-"""Feature pyramids in plain PyTorch, as other libraries write them: what the modules are compared with.
-
-Our own code, keyed and run like the published networks; nothing of them can be imported here.
-"""
+"""`FeaturePyramidNetwork` and its twin in plain PyTorch, their maps, and the operators that a call uses."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from foreign.torchvision_twin import FeaturePyramidNetwork as Twin
 from torch import Tensor, nn
 
 from fpn_kernels.backends.selection import record_calls
@@ -22,56 +19,12 @@ SIZES = [(38, 57), (19, 29), (10, 15), (5, 8)]  # a 152 x 228 image at strides 4
 NAMES = ["0", "1", "2", "3"]
 
 
-class Twin(nn.Module):
-    """The published algorithm in plain PyTorch, parameters made in torchvision's order."""
-
-    def __init__(
-        self,
-        channels: list[int],
-        width: int,
-        extra_blocks: nn.Module | None = None,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        *,
-        mode: str = "nearest",
-        fuse_type: str = "sum",
-    ) -> None:
-        super().__init__()
-        self.mode, self.fuse_type = mode, fuse_type
-        self.inner_blocks, self.layer_blocks = nn.ModuleList(), nn.ModuleList()
-        for cin in channels:
-            for blocks, conv in (
-                (self.inner_blocks, nn.Conv2d(cin, width, 1, bias=norm_layer is None)),
-                (self.layer_blocks, nn.Conv2d(width, width, 3, padding=1, bias=norm_layer is None)),
-            ):
-                blocks.append(nn.Sequential(conv) if norm_layer is None else nn.Sequential(conv, norm_layer(width)))
-        for conv in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-        self.extra_blocks = extra_blocks
-
-    def forward(self, x: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-        names, features = list(x), list(x.values())
-        merged = self.inner_blocks[-1](features[-1])
-        results = [self.layer_blocks[-1](merged)]
-        for level in range(len(features) - 2, -1, -1):
-            lateral = self.inner_blocks[level](features[level])
-            align = False if self.mode == "bilinear" else None
-            merged = lateral + F.interpolate(merged, lateral.shape[2:], mode=self.mode, align_corners=align)
-            if self.fuse_type == "avg":
-                merged = merged / 2
-            results.insert(0, self.layer_blocks[level](merged))
-        if self.extra_blocks is not None:
-            results, names = self.extra_blocks(results, features, names)
-        return OrderedDict(zip(names, results, strict=True))
-
-
 def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(4, channels)
 
 
 def scramble(module: nn.Module) -> None:
-    """Values that a wrong fold cannot survive: no zero bias, no unit scale, no negative variance."""
+    """Set values that show a wrong fold: no zero bias, no unit scale, no negative variance."""
     with torch.no_grad():
         for name, value in module.state_dict().items():
             if name.endswith("running_var") or ".1.weight" in name:
@@ -113,14 +66,14 @@ def assert_same(actual: OrderedDict[str, Tensor], expected: OrderedDict[str, Ten
 
 
 def served(call: Callable[[], Any]) -> list[str]:
-    """The operators of the pathway that a call runs through; `convolved` counts those of the outputs."""
+    """The operators of the pathway that a call uses; `convolved` counts those of the outputs."""
     with record_calls() as calls:
         call()
     return [operator for operator, _ in calls if operator not in ("output_conv", "reorder")]
 
 
 def convolved(call: Callable[[], Any]) -> int:
-    """How many output convolutions a call hands to the library."""
+    """The number of output convolutions that a call computes by the library."""
     with record_calls() as calls:
         call()
     return [operator for operator, _ in calls].count("output_conv")

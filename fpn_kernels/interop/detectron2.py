@@ -1,4 +1,4 @@
-"""Detectron2's `FPN`: image in, maps out by name; enlarging by 2, so that other sizes are the error they are there."""
+"""Detectron2's `FPN`, which enlarges by 2, so other sizes raise the same error as there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, in_channels
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import GAINS, pyramid
 
 
 class Detectron2Forward(FusedForward):
-    """Runs `bottom_up` on the image and builds the pyramid on its maps.
+    """Image to maps by name: runs `bottom_up`, then the pyramid on its maps.
 
-    The blocks are read from the lists that the class itself reads (coarsest first), not from the submodules
-    ``fpn_lateral{n}``: a module assigned over one of those is no part of the computation there either.
+    The blocks come from the lists that the original class reads (coarsest first), not from its submodules
+    ``fpn_lateral{n}``: a module assigned to one of these has no effect there either.
     """
 
     bottom_up: nn.Module
@@ -46,7 +45,7 @@ class Detectron2Forward(FusedForward):
 
 
 class _BottomUp(nn.Module):
-    """Stands in for a backbone: the same maps whatever the image."""
+    """Replaces a backbone by fixed maps, scaled by the mean of the image."""
 
     def __init__(self, maps: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -60,18 +59,17 @@ class Detectron2Dialect(Dialect):
     name = "Detectron2 FPN"
     packages = ("detectron2",)
     class_names = ("FPN",)
+    parts = ((nn.Module, ("bottom_up",)), (list, ("lateral_convs", "output_convs")))
+    options = ("in_features", "top_block", "_fuse_type", "_out_features")
     forwards = (Detectron2Forward,)
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: Any) -> bool:
         return (
-            has_attributes(module, "in_features", "top_block", "_fuse_type", "_out_features")
-            and isinstance(getattr(module, "bottom_up", None), nn.Module)
-            and isinstance(getattr(module, "lateral_convs", None), list)
-            and isinstance(getattr(module, "output_convs", None), list)
-            and len(module.lateral_convs) == len(module.output_convs) == len(module.in_features) > 0  # type: ignore[arg-type]
+            super().fits(module)
+            and len(module.lateral_convs) == len(module.output_convs) == len(module.in_features) > 0
         )
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: Any) -> str | None:
         if module._fuse_type not in GAINS:
             return f"fuse_type={module._fuse_type!r} is not one of 'sum', 'avg'"
         return None
@@ -84,5 +82,5 @@ class Detectron2Dialect(Dialect):
             maps[source] = random.normal(2, in_channels(module.top_block), 3, 5)
         return {"bottom_up": _BottomUp(maps)}
 
-    def example(self, module: nn.Module, random: Random) -> tuple[Any, ...]:
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
         return (random.positive(2, 3, 8, 8),)

@@ -1,6 +1,6 @@
-"""EfficientDet-style cells: the `FpnCombine` nodes whose merge is a plain sum and has an input to enlarge.
+"""EfficientDet-style cells: the `FpnCombine` nodes that add an enlarged map to another one.
 
-A node resamples each of its inputs and adds them.  Here what is enlarged is never written at its full size.
+A node resamples each of its inputs and adds them.  The fused calls never write an enlarged map to memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, resize_refusal
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.alterations import runs_own_forward
 from fpn_kernels.modules.fusing import is_plain_sequential
@@ -19,7 +18,7 @@ from fpn_kernels.modules.pathway import add_top, merge_level
 
 
 class EffdetForward(FusedForward):
-    """All maps so far in, as a list; the sum of this node's inputs out."""
+    """The list of all maps so far to the sum of this node's inputs."""
 
     inputs_offsets: Sequence[int]
     resample: nn.ModuleDict
@@ -35,26 +34,27 @@ class EffdetForward(FusedForward):
         plain: list[Tensor] = []
         for resample, feature, enlarge in zip(resamples, features, enlarges, strict=True):  # in the node's order
             if enlarge:
-                tops.append(_before_upsample(resample, feature))
+                for module in list(resample)[:-1]:
+                    feature = module(feature)
+                tops.append((feature, resample.upsample))
             else:
                 plain.append(feature if block is not None else resample(feature))
         if block is not None:
             (top, upsample), (feature,) = tops[0], plain
-            parameters = block_parameters(block, 1)
             if _target(upsample, top) == tuple(feature.shape[2:]):
-                return merge_level(feature, block, parameters, top, mode=upsample.mode)
+                return merge_level(feature, block, block_parameters(block, 1), top, mode=upsample.mode)
             plain = [block(feature)]
         total: Tensor = sum(plain)  # type: ignore[assignment]
         for top, upsample in tops:
             if _target(upsample, top) == tuple(total.shape[2:]):
                 total = add_top(total, top, mode=upsample.mode)
-            else:  # the error, or the broadcast, of PyTorch's own sum
+            else:  # the error, or the broadcast, of PyTorch's addition
                 total = total + upsample(top)
         return total
 
 
 def _only_convolution(resample: Any) -> nn.Module | None:
-    """The convolution that is all of a branch, where a fused call can stand in for it; or None."""
+    """The convolution of a branch without other modules, if it has fused parameters; or None."""
     if not is_plain_sequential(resample) or len(resample) != 1:
         return None
     block: nn.Module = resample[0]
@@ -62,17 +62,11 @@ def _only_convolution(resample: Any) -> nn.Module | None:
 
 
 def _enlarges(resample: Any) -> bool:
-    """Whether this is the class's sequence, ends in an upsampling, and nobody looks at what that returns."""
+    """Whether this is a plain sequence that ends in an upsampling without hooks or patches."""
     if not is_plain_sequential(resample) or len(resample) == 0:
         return False
     upsample = resample._modules.get("upsample")
     return upsample is not None and upsample is resample[-1] and runs_own_forward(upsample)
-
-
-def _before_upsample(resample: Any, feature: Tensor) -> tuple[Tensor, Any]:
-    for module in list(resample)[:-1]:
-        feature = module(feature)
-    return feature, resample.upsample
 
 
 def _target(upsample: Any, top: Tensor) -> tuple[int, ...]:
@@ -92,16 +86,13 @@ class EffdetDialect(Dialect):
     name = "EfficientDet FpnCombine"
     packages = ("effdet",)
     class_names = ("FpnCombine",)
+    parts = ((nn.ModuleDict, ("resample",)),)
+    options = ("inputs_offsets", "weight_method")
     forwards = (EffdetForward,)
-
-    def fits(self, module: nn.Module) -> bool:
-        return has_attributes(module, "inputs_offsets", "weight_method") and isinstance(
-            getattr(module, "resample", None), nn.ModuleDict
-        )
 
     def refusal(self, module: Any) -> str | None:
         if module.weight_method != "sum":
-            return f"weight_method={module.weight_method!r}: only a plain 'sum' is served"
+            return f"weight_method={module.weight_method!r}: only 'sum' is supported"
         for resample in module.resample.values():
             if not _enlarges(resample):
                 continue
@@ -125,13 +116,13 @@ class EffdetDialect(Dialect):
         branches = {offset: module.resample[str(offset)] for offset in module.inputs_offsets}
         shrinks = any(hasattr(resample, "downsample") for resample in branches.values())
         for offset, resample in branches.items():
-            if shrinks:  # the pooling is made for these sizes
+            if shrinks:  # the pooling was made for these sizes
                 size = tuple(resample.input_size)
             elif not _enlarges(resample):
                 size = (6, 10)
             else:
                 size = (3, 5)
                 if resample.upsample.size is not None:
-                    resample.upsample.size = (6, 10)  # of the copy: the sizes of a real image take a while
+                    resample.upsample.size = (6, 10)  # in the copy: the sizes of a real image are slow
             maps[offset] = random.normal(2, resample.in_channels, *size)
         return (maps,)

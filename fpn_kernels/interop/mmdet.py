@@ -1,4 +1,4 @@
-"""MMDetection's `FPN`: a tuple in, a tuple out, with start and end levels and extra levels of four kinds."""
+"""MMDetection's `FPN`: tuple to tuple, with start and end levels and four kinds of extra levels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, in_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import Order, in_layout_of, pyramid
 
@@ -18,7 +17,7 @@ _SOURCES = ("on_input", "on_lateral", "on_output")
 
 
 class MMDetectionForward(FusedForward):
-    """Takes as many maps as `in_channels` names and uses those from `start_level` on."""
+    """Takes one map per entry of `in_channels` and uses those from `start_level` on."""
 
     in_channels: Sequence[int]
     lateral_convs: nn.ModuleList
@@ -30,7 +29,7 @@ class MMDetectionForward(FusedForward):
     relu_before_extra_convs: bool
 
     def forward(self, inputs: Sequence[Tensor]) -> Any:
-        # fp16_enabled is the mixed precision of MMDetection 2, which `auto_fp16` sees to.
+        # fp16_enabled is the mixed precision of MMDetection 2, which the decorator `auto_fp16` implements.
         if len(inputs) != len(self.in_channels) or getattr(self, "fp16_enabled", False):
             return super().forward(inputs)  # type: ignore[misc]
         resize = _resize(self)
@@ -62,12 +61,12 @@ class MMDetectionForward(FusedForward):
 
 
 def _resize(module: Any) -> dict[str, Any]:
-    """`upsample_cfg`, which versions before 2.0 did not have."""
+    """`upsample_cfg`, which versions before 2.0 do not have."""
     return getattr(module, "upsample_cfg", {"mode": "nearest"})
 
 
 def _source(module: Any) -> str:
-    """What the first extra convolution reads; versions before 2.0 say it by two booleans."""
+    """The input of the first extra convolution; versions before 2.0 have two booleans for it."""
     if module.add_extra_convs is True:
         return "on_input" if getattr(module, "extra_convs_on_inputs", True) else "on_output"
     return str(module.add_extra_convs)
@@ -77,19 +76,14 @@ class MMDetectionDialect(Dialect):
     name = "MMDetection FPN"
     packages = ("mmdet",)
     class_names = ("FPN",)
+    parts = ((nn.ModuleList, ("lateral_convs", "fpn_convs")),)
+    options: tuple[str, ...] = ("in_channels", "num_outs", "start_level", "backbone_end_level")
+    options += ("add_extra_convs", "relu_before_extra_convs")
     forwards = (MMDetectionForward,)
     decorators = ("mmcv.runner.fp16_utils", "mmdet.core.fp16.decorators")
 
-    def fits(self, module: nn.Module) -> bool:
-        return (
-            has_attributes(
-                module, "in_channels", "num_outs", "start_level", "backbone_end_level", "relu_before_extra_convs"
-            )
-            and hasattr(module, "add_extra_convs")
-            and isinstance(getattr(module, "lateral_convs", None), nn.ModuleList)
-            and isinstance(getattr(module, "fpn_convs", None), nn.ModuleList)
-            and len(module.fpn_convs) >= len(module.lateral_convs) > 0  # type: ignore[arg-type]
-        )
+    def fits(self, module: Any) -> bool:
+        return super().fits(module) and len(module.fpn_convs) >= len(module.lateral_convs) > 0
 
     def refusal(self, module: Any) -> str | None:
         if module.add_extra_convs and _source(module) not in _SOURCES:
@@ -98,7 +92,7 @@ class MMDetectionDialect(Dialect):
         mode, align_corners = resize.pop("mode", "nearest"), resize.pop("align_corners", None)
         scale_factor = resize.pop("scale_factor", None)
         if resize:
-            return f"upsample_cfg: {', '.join(resize)} is not served"
+            return f"upsample_cfg: {', '.join(resize)} is not supported"
         return resize_refusal("upsample_cfg", mode, align_corners=align_corners, scale_factor=scale_factor)
 
     def example(self, module: Any, random: Random) -> tuple[Any, ...]:

@@ -1,5 +1,7 @@
-"""The single-file networks whose pyramid is `toplayer`, `latlayer{i}` and `smooth{i}` (i from the coarse end):
-kuangliu/pytorch-fpn and the common ResNet FPN.  Told by these names; P5 is not smoothed."""
+"""Single-file networks whose pyramid is `toplayer`, `latlayer{i}` and `smooth{i}` (i from the coarse end).
+
+These are kuangliu/pytorch-fpn and the common ResNet FPN.  The names identify them; P5 is not smoothed.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +10,33 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import Order, in_layout_of, pyramid
 
-_STAGES = 4
+_COARSEST_FIRST = Order(laterals_first=False, outputs="coarsest first")
 _FINEST_FIRST = Order(laterals_first=False, outputs="finest first")
 
 
 class _NamedLayersForward(FusedForward):
-    """Image in, (p2, p3, p4, p5) out; the stem is the ResNet's (convolution, norm, ReLU, 3x3 max-pool)."""
+    """Image to (p2, p3, p4, p5); the stem is the ResNet's (convolution, norm, ReLU, 3x3 max-pool)."""
 
     _mode: str
-    _order = Order(laterals_first=False, outputs="coarsest first")
-    conv1: nn.Module
-    bn1: nn.Module
-    toplayer: nn.Module
+    _order: Order
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         modules: Any = self
-        x = self.bn1(self.conv1(x))
+        x = modules.bn1(modules.conv1(x))
         x = modules.relu(x) if isinstance(getattr(self, "relu", None), nn.Module) else F.relu(x)
         x = modules.maxpool(x) if isinstance(getattr(self, "maxpool", None), nn.Module) else F.max_pool2d(x, 3, 2, 1)
         features = []
-        for stage in range(1, _STAGES + 1):
-            x = getattr(self, f"layer{stage}")(x)
+        for layer in (modules.layer1, modules.layer2, modules.layer3, modules.layer4):
+            x = layer(x)
             features.append(x)
-        laterals = [getattr(self, f"latlayer{index}") for index in reversed(range(1, _STAGES))]
-        smooth = [getattr(self, f"smooth{index}") for index in reversed(range(1, _STAGES))]
         merged, outputs = pyramid(
             features,
-            [*laterals, self.toplayer],
-            smooth,
+            [modules.latlayer3, modules.latlayer2, modules.latlayer1, modules.toplayer],
+            [modules.smooth3, modules.smooth2, modules.smooth1],
             order=self._order,
             mode=self._mode,
             find_parameters=block_parameters,
@@ -48,44 +44,28 @@ class _NamedLayersForward(FusedForward):
         return (*outputs, in_layout_of(features[-1], merged[-1]))
 
 
-class BilinearNamedLayersForward(_NamedLayersForward):
-    """With the bilinear resize of the published networks."""
-
-    _mode = "bilinear"
+def _variant(name: str, mode: str, order: Order) -> type[FusedForward]:
+    return type(name, (_NamedLayersForward,), {"__module__": __name__, "_mode": mode, "_order": order})
 
 
-class BilinearReturnedNamedLayersForward(BilinearNamedLayersForward):
-    """Where the smooth layers are called in the order of the results, the finest first."""
-
-    _order = _FINEST_FIRST
-
-
-class NearestNamedLayersForward(_NamedLayersForward):
-    """With the nearest resize of the paper."""
-
-    _mode = "nearest"
-
-
-class NearestReturnedNamedLayersForward(NearestNamedLayersForward):
-    """Where the smooth layers are called in the order of the results, the finest first."""
-
-    _order = _FINEST_FIRST
-
-
-class NearestExactNamedLayersForward(_NamedLayersForward):
-    """With the corrected nearest resize."""
-
-    _mode = "nearest-exact"
-
-
-class NearestExactReturnedNamedLayersForward(NearestExactNamedLayersForward):
-    """Where the smooth layers are called in the order of the results, the finest first."""
-
-    _order = _FINEST_FIRST
+# The published resize is bilinear, the paper's nearest.  "Returned" networks call the smooth layers in the order of the
+# results.  A pickled model refers to these names.
+BilinearNamedLayersForward = _variant("BilinearNamedLayersForward", "bilinear", _COARSEST_FIRST)
+BilinearReturnedNamedLayersForward = _variant("BilinearReturnedNamedLayersForward", "bilinear", _FINEST_FIRST)
+NearestNamedLayersForward = _variant("NearestNamedLayersForward", "nearest", _COARSEST_FIRST)
+NearestReturnedNamedLayersForward = _variant("NearestReturnedNamedLayersForward", "nearest", _FINEST_FIRST)
+NearestExactNamedLayersForward = _variant("NearestExactNamedLayersForward", "nearest-exact", _COARSEST_FIRST)
+NearestExactReturnedNamedLayersForward = _variant(
+    "NearestExactReturnedNamedLayersForward", "nearest-exact", _FINEST_FIRST
+)
 
 
 class NamedLayersDialect(Dialect):
     name = "single-file FPN (toplayer, latlayer, smooth)"
+    parts = (
+        (nn.Module, ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "toplayer")),
+        (nn.Module, ("latlayer1", "latlayer2", "latlayer3", "smooth1", "smooth2", "smooth3")),
+    )
     forwards = (
         BilinearNamedLayersForward,
         BilinearReturnedNamedLayersForward,
@@ -95,12 +75,6 @@ class NamedLayersDialect(Dialect):
         NearestExactReturnedNamedLayersForward,
     )
 
-    def fits(self, module: nn.Module) -> bool:
-        names = ["conv1", "bn1", "toplayer"]
-        names += [f"layer{stage}" for stage in range(1, _STAGES + 1)]
-        names += [f"{kind}{index}" for kind in ("latlayer", "smooth") for index in range(1, _STAGES)]
-        return all(isinstance(module._modules.get(name), nn.Module) for name in names)
-
     def example(self, module: Any, random: Random) -> tuple[Any, ...]:
-        # Stages of 20 x 27, 10 x 14, 5 x 7, 3 x 4: the three resizes differ there.
+        # Stages of 20 x 27, 10 x 14, 5 x 7 and 3 x 4: sizes at which the three resizes differ.
         return (random.normal(2, module.conv1.in_channels, 77, 107),)

@@ -1,4 +1,4 @@
-"""SAM 2's `FpnNeck`: no output convolutions, only some levels merged, the upper map enlarged by 2 in float32."""
+"""SAM 2's `FpnNeck`: some levels merged, the coarser map enlarged by 2 in float32, no output convolutions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, resize_refusal
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, in_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.fusing import is_autocast
 from fpn_kernels.modules.pathway import GAINS, add_top, merge_level
 
 
 class Sam2Forward(FusedForward):
-    """Maps in, finest first; (maps, positional encodings) out, finest first.
+    """Maps to (merged maps, positional encodings), all finest first.
 
-    The sums are float32 there, and so are the merged maps, also where the convolutions run in 16 bits; here too.
+    As in the original, a sum and its result are float32 even where the convolutions run in 16 bits.
     """
 
     convs: nn.ModuleList
@@ -52,7 +51,7 @@ class Sam2Forward(FusedForward):
 
 
 class _Encoding(nn.Module):
-    """Stands in for a positional encoding."""
+    """Replaces a positional encoding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
@@ -62,24 +61,20 @@ class Sam2Dialect(Dialect):
     name = "SAM 2 FpnNeck"
     packages = ("sam2",)
     class_names = ("FpnNeck",)
+    parts = ((nn.ModuleList, ("convs",)), (nn.Module, ("position_encoding",)))
+    options = ("fpn_interp_model", "fuse_type", "fpn_top_down_levels")
     forwards = (Sam2Forward,)
 
-    def fits(self, module: nn.Module) -> bool:
-        return (
-            has_attributes(module, "fpn_interp_model", "fuse_type", "fpn_top_down_levels")
-            and isinstance(getattr(module, "convs", None), nn.ModuleList)
-            and isinstance(getattr(module, "position_encoding", None), nn.Module)
-            and len(module.convs) > 0  # type: ignore[arg-type]
-        )
+    def fits(self, module: Any) -> bool:
+        return super().fits(module) and len(module.convs) > 0
 
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: Any) -> str | None:
         if module.fuse_type not in GAINS:
             return f"fuse_type={module.fuse_type!r} is not one of 'sum', 'avg'"
         return resize_refusal("fpn_interp_model", module.fpn_interp_model)
 
-    def stand_ins(self, module: nn.Module, random: Random) -> Mapping[str, nn.Module]:
+    def stand_ins(self, module: Any, random: Random) -> Mapping[str, nn.Module]:
         return {"position_encoding": _Encoding()}
 
-    def example(self, module: nn.Module, random: Random) -> tuple[Any, ...]:
-        channels = [in_channels(block) for block in module.convs]  # type: ignore[union-attr,operator]
-        return (random.pyramid(channels[::-1], exact=True),)
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        return (random.pyramid(list(map(in_channels, module.convs))[::-1], exact=True),)

@@ -1,6 +1,6 @@
-"""segmentation_models_pytorch's `FPNBlock`, the merges p4, p3 and p2 of its FPN decoder: enlarging by 2.
+"""segmentation_models_pytorch's `FPNBlock`: the merges p4, p3 and p2 of its FPN decoder, which enlarge by 2.
 
-The blocks after the pyramid (segmentation heads) are left as they are.
+The segmentation heads after the pyramid are not fused.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels, out_channels, resize_refusal
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, in_channels, out_channels, resize_refusal
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import merge_level
 
 
 class SmpForward(FusedForward):
-    """``skip_conv(skip)`` and the enlarged coarser map in one call."""
+    """``skip_conv(skip)`` plus the enlarged coarser map, in one call."""
 
     skip_conv: nn.Module
     interpolation_mode: str
@@ -31,12 +30,10 @@ class SmpDialect(Dialect):
     name = "segmentation_models_pytorch FPNBlock"
     packages = ("segmentation_models_pytorch",)
     class_names = ("FPNBlock",)
+    parts = ((nn.Module, ("skip_conv",)),)
     forwards = (SmpForward,)
 
-    def fits(self, module: nn.Module) -> bool:
-        return has_attributes(module, "skip_conv") and isinstance(module.skip_conv, nn.Module)
-
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: Any) -> str | None:
         return resize_refusal("interpolation_mode", getattr(module, "interpolation_mode", "nearest"))
 
     def example(self, module: Any, random: Random) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Weights of one dialect's pyramid under the names of another."""
+"""Renames the weights of a pyramid from one dialect to another."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """How a dialect names the modules of a pyramid of `levels` levels; level 0 is the finest.
+    """The module names of a dialect in a pyramid of `levels` levels; level 0 is the finest.
 
     Attributes:
-        lateral_weight: a regular expression for the rest of a key after the pyramid's prefix, with the dialect's own
-            number of the level.
+        lateral_weight: a regular expression for a lateral weight's key after the prefix, with the number of the level.
         lateral: the lateral convolution of ``(level, levels)``.
-        output: the output convolution, None where the level has none.
-        extra: the convolution of an extra level above (0 is P6), None where the dialect has none.
-        norms: given a convolution's name, the names its norm may have; BatchNorm's first.
-        older: a regular expression for the end of a key that an older version of the library wrote, which the library
-            still loads, and what takes the place of that end.
+        output: the output convolution of ``(level, levels)``, or None.
+        extra: the convolution of an extra level (0 is P6) of ``(index, levels)``, or None.
+        norms: the possible names of a convolution's norm; the name of a BatchNorm first.
+        older: a regular expression for the end of a key from an older version of the library, and its replacement.
     """
 
     lateral_weight: str
@@ -43,7 +41,7 @@ def _kuangliu(top: str | None, other: str) -> Callable[[int, int], Any]:
     return lambda level, levels: top if level == levels - 1 else f"{other}{_from_the_top(level, levels)}"
 
 
-# Detectron2 names a level by log2 of its stride: that of the coarsest is taken to be 5 (stride 32).
+# Detectron2 numbers a level by log2 of its stride; the coarsest is assumed to have stride 32.
 _COARSEST = 5
 
 _DIALECTS = {
@@ -53,7 +51,7 @@ _DIALECTS = {
         lambda level, levels: f"layer_blocks.{level}.0",
         lambda index, levels: f"extra_blocks.p{6 + index}",
         lambda convolution: (convolution.removesuffix(".0") + ".1",) if convolution.endswith(".0") else (),
-        # Version 1 of the module: a block is the convolution itself.
+        # In version 1 of the module, a block is the convolution itself.
         (r"((?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
     ),
     "detectron2": _Names(
@@ -84,33 +82,31 @@ _EXTRA_LEVELS = 2
 def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> OrderedDict[str, Any]:
     """Renames the weights of a pyramid from one dialect to another; the values are the same objects.
 
-    The names of the dialects are "torchvision" (this library's `FeaturePyramidNetwork` has the same keys, so
-    "fpn_kernels" is an alias), "detectron2", "mmdet", "kuangliu" (``toplayer``, ``latlayer{i}``, ``smooth{i}``), "sam2"
-    and "smp" (segmentation_models_pytorch's FPN decoder).
+    The dialects are "torchvision" (alias "fpn_kernels": this library's `FeaturePyramidNetwork` has the same keys),
+    "detectron2", "mmdet", "kuangliu" (``toplayer``, ``latlayer{i}``, ``smooth{i}``), "sam2" and "smp"
+    (segmentation_models_pytorch's FPN decoder).
 
-    The keys of the pyramid may have a prefix (``"backbone.fpn."``), which is kept; keys of anything else (a backbone, a
-    head) pass unchanged, and so do the versions of modules that `state_dict` notes.  Older keys of
-    torchvision's (``inner_blocks.0.weight``) are accepted.  Where the source has no output convolution at a level and
-    the target has one, it becomes the identity, which computes the same.  The options that are no weights (the mode of
-    the resize, sum or average) are not in a `state_dict` and stay the caller's matter.
+    A prefix of the keys (``"backbone.fpn."``) is kept.  Other keys (a backbone, a head) and the module versions in a
+    `state_dict` pass unchanged.  Torchvision's older keys (``inner_blocks.0.weight``) are accepted.  A level without an
+    output convolution in the source gets the identity in a target that has one.  A `state_dict` does not hold the mode
+    of the resize, or whether the sum is an average; set these options yourself.
 
     Args:
-        state: a `state_dict` that holds one or more pyramids of `source`.
-        source: the dialect it is in.
-        target: the dialect wanted.
+        state: a `state_dict` with one or more pyramids of `source`.
+        source: the dialect of `state`.
+        target: the dialect of the result.
 
     Returns:
-        A new `OrderedDict`, which the target's pyramid loads with ``strict=True``.
+        A new `OrderedDict` for ``load_state_dict(..., strict=True)`` of the target's pyramid.
 
     Raises:
         TypeError: `state` is not a mapping, or a dialect's name not a string.
-        ValueError: a dialect is unknown; `state` holds no pyramid of `source`, or a weight under an older and a newer
-            key; or a weight has no place in `target` (a norm, an extra level, an output convolution other than the
-            identity), with its key.
+        ValueError: a dialect is unknown; `state` holds no pyramid of `source`, or one weight under an older and a newer
+            key; or a weight (its key is named) has no place in `target`, such as a norm, an extra level or an output
+            convolution other than the identity.
 
     Cost:
-        Moves no bytes of weights: the tensors are the same objects, of any dtype.  Only an output convolution that the
-        source does not have is made.
+        Moves no bytes of weights, except for a new output convolution: the tensors are the same objects.
 
     Source:
         The keys of torchvision's `FeaturePyramidNetwork`, Detectron2's and MMDetection's `FPN`, kuangliu/pytorch-fpn,
@@ -128,7 +124,7 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> Or
     state = _renewed(state, old)
     result = OrderedDict(state)
     if metadata is not None:
-        # The versions of modules, by which they load what an older one has saved.
+        # A module needs its version to load an older checkpoint.
         result._metadata = metadata.copy()  # type: ignore[attr-defined]
     pyramids = _find(state, old)
     if not pyramids:
@@ -136,17 +132,11 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str) -> Or
     for prefix, levels in pyramids.items():
         if "smp" in (source, target) and levels != 4:
             raise ValueError(f"state: a pyramid of 'smp' has 4 levels, {prefix or 'this one'} has {levels}")
-        part = _convert(state, prefix, levels, old, new, target)
-        for key in [key for key in result if key in part.used]:
+        renamed, used = _convert(state, prefix, levels, old, new, target)
+        for key in used:
             del result[key]
-        result.update(part.renamed)
+        result.update(renamed)
     return result
-
-
-@dataclasses.dataclass
-class _Part:
-    renamed: dict[str, Any]
-    used: set[str]
 
 
 def _dialect(argument: str, name: Any) -> _Names:
@@ -158,7 +148,7 @@ def _dialect(argument: str, name: Any) -> _Names:
 
 
 def _renewed(state: Mapping[str, Any], names: _Names) -> Mapping[str, Any]:
-    """The state with the keys that the dialect has today."""
+    """The state under today's keys of the dialect."""
     if names.older is None:
         return state
     end, place = re.compile(rf"(?<![^.]){names.older[0]}$"), names.older[1]
@@ -169,7 +159,7 @@ def _renewed(state: Mapping[str, Any], names: _Names) -> Mapping[str, Any]:
 
 
 def _find(state: Mapping[str, Any], names: _Names) -> dict[str, int]:
-    """Prefix of each pyramid to the number of its levels."""
+    """The prefix of each pyramid, with its number of levels."""
     found: dict[str, int] = {}
     for key in state:
         match = re.fullmatch(rf"((?:.*\.)?){names.lateral_weight}", key)
@@ -178,51 +168,47 @@ def _find(state: Mapping[str, Any], names: _Names) -> dict[str, int]:
     return found
 
 
-def _convert(state: Mapping[str, Any], prefix: str, levels: int, old: _Names, new: _Names, target: str) -> _Part:
-    part = _Part({}, set())
-    missing = [key for i in range(levels) if (key := f"{prefix}{old.lateral(i, levels)}.weight") not in state]
+def _convert(
+    state: Mapping[str, Any], prefix: str, levels: int, old: _Names, new: _Names, target: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The weights of one pyramid under the new keys, and their old keys."""
+    renamed: dict[str, Any] = {}
+    used: list[str] = []
+
+    def rename(before: str, after: str | None) -> None:
+        tensors = _tensors(state, prefix + before)
+        used.extend(f"{prefix}{before}.{name}" for name in tensors)
+        if after is not None:
+            renamed.update({f"{prefix}{after}.{name}": value for name, value in tensors.items()})
+        elif tensors and not _is_identity(tensors):
+            raise ValueError(f"state: {prefix}{before}.{next(iter(tensors))} has no place in the pyramid of {target!r}")
+
+    laterals = [(old.lateral(i, levels), new.lateral(i, levels)) for i in range(levels)]
+    missing = [key for lateral, _ in laterals if (key := f"{prefix}{lateral}.weight") not in state]
     if missing:
         raise ValueError(f"state: expected {missing[0]} in a pyramid of {levels} levels")
-    places: list[tuple[str | None, str | None]] = [
-        (old.lateral(i, levels), new.lateral(i, levels)) for i in range(levels)
-    ]
     outputs = [(old.output(i, levels), new.output(i, levels)) for i in range(levels)]
-    places += outputs
-    places += [(old.extra(i, levels), new.extra(i, levels)) for i in range(_EXTRA_LEVELS)]
-    for before, after in places:
+    extras = [(old.extra(i, levels), new.extra(i, levels)) for i in range(_EXTRA_LEVELS)]
+    for before, after in (*laterals, *outputs, *extras):
         if before is None:
             continue
-        _rename(state, prefix + before, None if after is None else prefix + after, part, target)
+        rename(before, after)
         for norm in old.norms(before):
-            tensors = _tensors(state, prefix + norm)
-            norms = () if after is None else new.norms(after)
-            # The names after the first are those of a norm without statistics.
-            place = None if not norms else norms[0 if "running_mean" in tensors else -1]
-            _rename(state, prefix + norm, None if place is None else prefix + place, part, target)
-    for level, (before, after) in enumerate(outputs):
+            # The first name is BatchNorm's, the last that of a norm without statistics.
+            names = () if after is None else new.norms(after)
+            index = 0 if f"{prefix}{norm}.running_mean" in state else -1
+            rename(norm, names[index] if names else None)
+    for (lateral, _), (before, after) in zip(laterals, outputs, strict=True):
         if before is None and after is not None:
-            weight = state[f"{prefix}{old.lateral(level, levels)}.weight"]
-            part.renamed |= {f"{prefix}{after}.{name}": value for name, value in _identity(weight).items()}
-    return part
+            identity = _identity(state[f"{prefix}{lateral}.weight"])
+            renamed |= {f"{prefix}{after}.{name}": value for name, value in identity.items()}
+    return renamed, used
 
 
 def _tensors(state: Mapping[str, Any], module: str) -> dict[str, Any]:
     """The tensors of one module (not of its children), by name."""
-    found = {}
-    for key, value in state.items():
-        owner, _, name = key.rpartition(".")
-        if owner == module:
-            found[name] = value
-    return found
-
-
-def _rename(state: Mapping[str, Any], before: str, after: str | None, part: _Part, target: str) -> None:
-    tensors = _tensors(state, before)
-    part.used |= {f"{before}.{name}" for name in tensors}
-    if after is not None:
-        part.renamed |= {f"{after}.{name}": value for name, value in tensors.items()}
-    elif tensors and not _is_identity(tensors):
-        raise ValueError(f"state: {before}.{next(iter(tensors))} has no place in the pyramid of {target!r}")
+    parts = {key: key.rpartition(".") for key in state}
+    return {name: state[key] for key, (owner, _, name) in parts.items() if owner == module}
 
 
 def _identity(lateral_weight: Tensor) -> dict[str, Tensor]:

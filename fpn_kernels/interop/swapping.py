@@ -1,7 +1,7 @@
-"""How a module is given another forward and keeps everything else: its class becomes a subclass of its own.
+"""Gives a module another forward by making its class a generated subclass.
 
-The instance keeps its `__dict__`, so its parameters, buffers, hooks, name in the model, training mode and every
-option are the same objects as before; nothing is stored on it, so giving the class back restores it wholly.
+The instance keeps its `__dict__`: parameters, buffers, hooks, name, training mode and options are the same objects as
+before.  Nothing is stored on it, so setting the class back restores it completely.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fpn_kernels.modules.alterations import called_methods, must_step_aside
 
 
 class FusedForward:
-    """Base of the forwards of the dialects: what a fused module has besides its own class.
+    """Base class of the fused forwards of the dialects.
 
-    A dialect's forward is a subclass of this one, whose `forward` reads the options of the foreign class from the
-    instance at each call and falls back on ``super().forward`` for calls that it has no fused answer to.
+    The `forward` of a dialect reads the options of the foreign class from the instance at each call, and calls
+    ``super().forward`` for arguments that it does not support.
     """
 
     _fpn_kernels_original: type[nn.Module]
     _fpn_kernels_forward: type[FusedForward]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The subclass has no name that pickle could find it by: it is made anew from the two classes that have.
+        # pickle cannot find the generated subclass by name, so it stores the two classes that `_new_instance` needs.
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         function, arguments, *rest = reduced
         if function is copyreg.__newobj__ and arguments[0] is self._fpn_kernels_class():  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ class FusedForward:
 
     @classmethod
     def _fpn_kernels_class(cls) -> type:
-        """The class that `swap` gave; a wrapper may have derived another one from it since (FSDP does)."""
+        """The class that `swap` set; a wrapper such as FSDP may have derived another class from it since."""
         return next(base for base in cls.__mro__ if "_fpn_kernels_original" in base.__dict__)
 
 
@@ -54,7 +54,7 @@ _LOCK = threading.Lock()
 
 
 def fused_class(original: type[nn.Module], forward: type[FusedForward]) -> type[nn.Module]:
-    """The subclass of `original` that computes by `forward`; one and the same for the same two, in all threads."""
+    """The subclass of `original` that computes by `forward`; the same object for the same pair in all threads."""
     with _LOCK:
         key = (original, forward)
         if key not in _CLASSES:
@@ -64,20 +64,20 @@ def fused_class(original: type[nn.Module], forward: type[FusedForward]) -> type[
                 "__doc__": original.__doc__,
                 "_fpn_kernels_original": original,
                 "_fpn_kernels_forward": forward,
-                "forward": _faithful_forward(original, forward),
+                "forward": _dispatching_forward(original, forward),
             }
-            # new_class finds the metaclass that fits (MMDetection's and Detectron2's classes have ABCMeta).
+            # new_class finds the right metaclass (MMDetection's and Detectron2's classes have ABCMeta).
             bases = (forward, original)
             _CLASSES[key] = types.new_class(original.__name__, bases, {}, lambda names: names.update(body))
         return _CLASSES[key]
 
 
-def _faithful_forward(original: type[nn.Module], dialect: type[FusedForward]) -> Callable[..., Any]:
-    """The forward of a fused class: the dialect's; the original's own where that would not be faithful.
+def _dispatching_forward(original: type[nn.Module], dialect: type[FusedForward]) -> Callable[..., Any]:
+    """The forward of a fused class: the dialect's, or the original's where that one could give another result.
 
-    That is where somebody looks at the modules and functions inside (`must_step_aside`), where the original's forward
-    or a method that it calls was replaced since, on the class or the instance, and for arguments that the dialect does
-    not know.
+    The original's runs where other code observes the modules and functions inside (`must_step_aside`), where the
+    original's forward or a method that it calls was replaced since, on the class or the instance, and for arguments
+    that the dialect does not know.
     """
     methods = tuple(called_methods(original).items())
     names = tuple(inspect.signature(dialect.forward).parameters)[1:]  # type: ignore[attr-defined]
@@ -94,14 +94,14 @@ def _faithful_forward(original: type[nn.Module], dialect: type[FusedForward]) ->
 
 def _was_altered(module: nn.Module, original: type[nn.Module], methods: Sequence[tuple[str, Any]]) -> bool:
     for name, method in methods:
-        # A forward on the instance calls this one, if at all, knowingly.
+        # A forward on the instance is not checked: if it calls this one, it does so on purpose.
         if getattr(original, name) is not method or (name in module.__dict__ and name != "forward"):
             return True
     return False
 
 
 def swap(module: nn.Module, forward: type[FusedForward]) -> None:
-    """Gives `module` the fused forward, unless another thread has done so."""
+    """Give `module` the fused forward, unless another thread has done so."""
     cls = type(module)
     if not issubclass(cls, FusedForward):
         module.__class__ = fused_class(cls, forward)
@@ -113,18 +113,18 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def was_rewrapped(module: nn.Module) -> bool:
-    """Whether something (FSDP, a parametrisation) derived another class from a fused module's since."""
+    """Whether a wrapper (FSDP, a parametrisation) has derived another class from the fused one."""
     return "_fpn_kernels_original" not in type(module).__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a fused module had."""
+    """The class of a fused module before `swap`."""
     original: type[nn.Module] = type(module).__dict__["_fpn_kernels_original"]
     return original
 
 
 def restore(module: nn.Module) -> None:
-    """Gives a fused module its own class back."""
+    """Set the class of a fused module back."""
     module.__class__ = original_class(module)
 
 

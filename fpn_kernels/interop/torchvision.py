@@ -1,5 +1,4 @@
-"""torchvision's `FeaturePyramidNetwork`, alone or inside its detectors (Faster, Mask and Keypoint R-CNN, RetinaNet,
-FCOS): nearest resize to the size of the lateral map, extra blocks as they are."""
+"""torchvision's `FeaturePyramidNetwork`, alone or in a detector (Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS)."""
 
 from __future__ import annotations
 
@@ -9,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fpn_kernels.interop.blocks import block_parameters
-from fpn_kernels.interop.dialect import Dialect, Random, has_attributes, in_channels
+from fpn_kernels.interop.dialect import Dialect, Random, block_parameters, in_channels
 from fpn_kernels.interop.swapping import FusedForward
 from fpn_kernels.modules.pathway import pyramid
 
 
 class TorchvisionForward(FusedForward):
-    """Maps in by name, finest first; the pyramid out by name."""
+    """Maps by name to maps by name, finest first; each is resized (nearest) to the next finer one."""
 
     inner_blocks: nn.ModuleList
     layer_blocks: nn.ModuleList
@@ -38,17 +36,13 @@ class TorchvisionDialect(Dialect):
     name = "torchvision FeaturePyramidNetwork"
     packages = ("torchvision",)
     class_names = ("FeaturePyramidNetwork",)
+    parts = ((nn.ModuleList, ("inner_blocks", "layer_blocks")),)
+    options = ("extra_blocks",)
     forwards = (TorchvisionForward,)
 
-    def fits(self, module: nn.Module) -> bool:
-        return (
-            has_attributes(module, "extra_blocks")
-            and isinstance(getattr(module, "inner_blocks", None), nn.ModuleList)
-            and isinstance(getattr(module, "layer_blocks", None), nn.ModuleList)
-            and len(module.inner_blocks) == len(module.layer_blocks) > 0  # type: ignore[arg-type]
-        )
+    def fits(self, module: Any) -> bool:
+        return super().fits(module) and len(module.inner_blocks) == len(module.layer_blocks) > 0
 
-    def example(self, module: nn.Module, random: Random) -> tuple[Any, ...]:
-        channels = [in_channels(block) for block in module.inner_blocks]  # type: ignore[union-attr,operator]
-        maps = random.pyramid(channels, exact=False)
+    def example(self, module: Any, random: Random) -> tuple[Any, ...]:
+        maps = random.pyramid(list(map(in_channels, module.inner_blocks)), exact=False)
         return (OrderedDict((str(level), feature) for level, feature in enumerate(maps)),)

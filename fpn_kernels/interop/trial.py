@@ -1,9 +1,8 @@
-"""A trial of a fused forward against the module's own, on random weights and a small random input.
+"""A trial of a fused forward against the module's own, with random weights and a small random input.
 
-A class's name and its attributes say what it should compute; its code may be another version's, a fork's or have a
-method overridden.  So each module is run once, on the CPU, before anything is swapped: as a copy whose parameters
-are random (an output layer that starts at zero would hide everything before it), without its hooks.  The module
-itself, its device, and the random numbers and forced backend of anybody else are not touched.
+The name and attributes of a class identify a dialect, but its code may be a fork, another version or have an
+overridden method.  So a copy of each module without hooks runs once on the CPU before anything is swapped.  Its
+parameters are random, because an output layer that starts at zero would hide all layers before it.
 """
 
 from __future__ import annotations
@@ -18,28 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fpn_kernels.interop.comparison import first_difference
 from fpn_kernels.interop.dialect import Dialect, Random
-from fpn_kernels.interop.randomness import OwnRandomNumbers
+from fpn_kernels.interop.equivalence import OwnRandomNumbers, first_difference
 from fpn_kernels.interop.swapping import FusedForward, fused_class
 from fpn_kernels.operators.dispatch import force_in_this_thread
 
-# Float32 sums of another order differ by some 1e-6; a wrong pixel, level or weight by some 1e-1.
+# Another order of float32 sums differs by about 1e-6; a wrong pixel, level or weight by about 1e-1.
 _TOLERANCE = 1e-4
 
 
 class TrialFailedError(Exception):
-    """The module itself could not be run on the random input."""
+    """The module could not be run on the random input."""
 
 
 def same_forward(module: nn.Module, dialect: Dialect) -> type[FusedForward] | str:
-    """The dialect's forward that computes what the module does, or how they differ.
+    """The forward of the dialect that computes the same as the module, or the difference in words.
 
-    It gives the same results where every block is fused, and where every block is called as a module; then it calls
-    the same modules in the same order.
+    Both return the same results with every block fused and with every block called as a module; in the second run they
+    also call the same modules in the same order.
 
     Raises:
-        TrialFailedError: the copy of the module could not be made or run, so nothing is known.
+        TrialFailedError: the copy of the module could not be made or run.
     """
     random = Random()
     try:
@@ -62,14 +60,12 @@ def same_forward(module: nn.Module, dialect: Dialect) -> type[FusedForward] | st
         found = [first_difference(each, expected, _TOLERANCE) for each in results]
         if found == [None, None] and own_calls == calls:
             return forward
-        difference = difference or next(
-            (str(each) for each in found if each is not None), _first_call(own_calls, calls)
-        )
+        difference = difference or found[0] or found[1] or _first_call(own_calls, calls)
     return difference
 
 
 def _first_call(actual: list[str], expected: list[str]) -> str:
-    """Where two sequences of calls differ, in words."""
+    """The first difference of two sequences of calls, in words."""
     for left, right in zip(actual, expected, strict=False):
         if left != right:
             return f"calls {right} where {left} is expected"
@@ -78,7 +74,7 @@ def _first_call(actual: list[str], expected: list[str]) -> str:
 
 @contextlib.contextmanager
 def _recorded(module: nn.Module) -> Iterator[list[str]]:
-    """Yields a list that fills with the name of each submodule as it is called."""
+    """Yield a list to which each call of a submodule appends its name."""
     calls: list[str] = []
 
     def hook(name: str) -> Any:
@@ -94,7 +90,7 @@ def _recorded(module: nn.Module) -> Iterator[list[str]]:
 
 
 def _random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], random: Random) -> nn.Module:
-    """A float32 copy on the CPU with random parameters and no hooks; nothing of the original is copied by value."""
+    """A float32 copy on the CPU with random tensors and no hooks."""
     memo: dict[int, Any] = {id(module.get_submodule(name)): stand_in for name, stand_in in stand_ins.items()}
     replaced = {id(part) for name in stand_ins for part in module.get_submodule(name).modules()}
     for part in module.modules():
@@ -103,38 +99,32 @@ def _random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module], random: 
         for name, value in part.__dict__.items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = OrderedDict()
-            elif isinstance(value, Tensor):  # what a hook computed (old-style spectral_norm), not a parameter
+            elif isinstance(value, Tensor):  # computed by a hook (old-style spectral_norm)
                 memo[id(value)] = _random_like(value, random)
         for parameter in part._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = nn.Parameter(_random_like(parameter, random))
         for buffer in part._buffers.values():
             if buffer is not None and id(buffer) not in memo:
-                # Statistics and their like: positive, since one of them may be a variance.
-                floating = buffer.is_floating_point()
-                memo[id(buffer)] = random.positive(*buffer.shape) if floating else _zeros_like(buffer)
+                memo[id(buffer)] = _random_like(buffer, random, positive=True)  # it may be a variance
     copied: nn.Module = copy.deepcopy(module, memo)
     return copied
 
 
-def _random_like(tensor: Tensor, random: Random) -> Tensor:
+def _random_like(tensor: Tensor, random: Random, positive: bool = False) -> Tensor:
     if not tensor.is_floating_point():
-        return _zeros_like(tensor)
-    if tensor.dim() < 2:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    if positive or tensor.dim() < 2:
         return random.positive(*tensor.shape)
     fan_in = max(tensor[0].numel(), 1) if tensor.shape[0] else 1
     return random.normal(*tensor.shape).div_(fan_in**0.5)
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
 def _run(module: nn.Module, cls: type[nn.Module], arguments: tuple[Any, ...]) -> Any:
-    """Outputs in eval mode and in training, as a module of class `cls`; the buffers are put back."""
+    """The outputs in eval mode and in training of the module as one of class `cls`; its buffers and modes return."""
     kept = module.__class__, {id(part): part.training for part in module.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    # Eager, so that a backend forced for another device does not decide whether a module is known.
+    # On eager, because a backend that was forced for another device might refuse the call.
     with torch.no_grad(), torch.autocast("cpu", enabled=False), force_in_this_thread("eager"):
         try:
             module.__class__ = cls

@@ -1,4 +1,4 @@
-"""Running a model before and after it is fused, and comparing what its pyramids return and how they train."""
+"""`fuse(verify=...)`: compares the results and the training of each pyramid before and after fusing."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fpn_kernels import compatibility
-from fpn_kernels.interop.comparison import first_difference, relative_error, roundoff, tolerance
 from fpn_kernels.interop.dialect import Random
-from fpn_kernels.interop.randomness import OwnRandomNumbers
+from fpn_kernels.interop.equivalence import OwnRandomNumbers, first_difference, relative_error, roundoff, tolerance
 
 _STEPS = 3
-# Of the parameters' norm: small enough that no run leaves the range of float16.
+# Of the norm of all parameters: small enough that no run leaves the range of float16.
 _STEP_SIZE = 1e-3
-# Gradients that cancel (of a bias before BatchNorm in training) are as inexact as the large ones beside them; so is a
-# mean near zero.
+# A gradient that cancels (a bias before BatchNorm in training) has the absolute error of the large gradients, as has a
+# mean near zero.  So errors are relative to this part of the largest norm at least.
 _CANCELLED = 0.1
-# How much more than one rounding of parameters and inputs the roundings of another order of sums may change.
+# Bound on the errors, in multiples of the effect of one rounding of parameters and inputs.
 _AMPLIFIED = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a pyramid: its arguments and what it returned."""
+    """One call of a pyramid: its arguments and its result."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -38,10 +37,9 @@ class Call:
 
 
 def record_calls(model: nn.Module, pyramids: Mapping[str, nn.Module], example: Any) -> dict[str, list[Call]]:
-    """What each pyramid is given and returns, call by call, while the model runs on the example.
+    """The calls of each pyramid while the model runs on the example.
 
-    In eval mode and without gradients, so that no statistic moves; with random numbers of its own, the same each time.
-    The modes are put back.
+    In eval mode and without gradients, so that no statistic moves, with the same random numbers each time.
     """
     calls: dict[str, list[Call]] = {path: [] for path in pyramids}
     given: dict[str, tuple[Any, Any]] = {}
@@ -53,11 +51,7 @@ def record_calls(model: nn.Module, pyramids: Mapping[str, nn.Module], example: A
         return hook
 
     def after(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            args, kwargs = given.pop(path)
-            calls[path].append(Call(args, kwargs, _copied(output)))
-
-        return hook
+        return lambda module, args, output: calls[path].append(Call(*given.pop(path), _copied(output)))
 
     handles = []
     for path, module in pyramids.items():
@@ -76,7 +70,7 @@ def record_calls(model: nn.Module, pyramids: Mapping[str, nn.Module], example: A
 def difference(
     pyramids: Mapping[str, nn.Module], actual: Mapping[str, list[Call]], expected: Mapping[str, list[Call]]
 ) -> str | None:
-    """The first level of a pyramid that is not what it was, with the error; or None."""
+    """The first map of a pyramid that differs, with the error; or None."""
     for path, module in pyramids.items():
         name = path or "the model itself"
         if not expected[path]:
@@ -92,14 +86,13 @@ def difference(
 
 
 def training_difference(module: nn.Module, original: type[nn.Module], call: Call) -> str | None:
-    """What differs after a few training steps of a fused pyramid and of the same one as it was; or None.
+    """The first difference in a few training steps of a fused pyramid and of the original; or None.
 
-    Training may amplify roundings (BatchNorm over few values, say): how much is seen by a third run, of the pyramid as
-    it was with its parameters and inputs changed by one rounding.  All are copies, one after the other, so the module
-    itself is not touched; its hooks see the copies.
+    Training may amplify roundings, e.g. by BatchNorm over few values.  A third run measures this: the original with
+    parameters and inputs changed by one rounding.  All runs are on copies, which share the module's hooks.
 
     Raises:
-        Exception: the module cannot be copied, or trained as it was; nothing is known then.
+        Exception: the original cannot be copied or trained, so nothing was compared.
     """
     dtypes, tf32 = _dtypes(module, [call.output])
     expected = _train(_copy(module), original, call)
@@ -118,11 +111,11 @@ def training_difference(module: nn.Module, original: type[nn.Module], call: Call
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a training step leaves.
+    """The results of a training step.
 
     Attributes:
-        output: what the pyramid returned.
-        gradients: of its parameters and inputs, by name; those that there are.
+        output: the output of the pyramid.
+        gradients: the gradients of its parameters and inputs, by name.
         buffers: its buffers, by name.
     """
 
@@ -131,39 +124,40 @@ class Step:
     buffers: Mapping[str, Tensor]
 
     def errors(self, other: Step) -> dict[str, float]:
-        """The relative error of each floating-point tensor of another step with the same tensors, by name."""
+        """The relative error of each floating-point tensor of another step, by name."""
         found: dict[str, float] = {}
-        for kind, floor in (("output", 0.0), ("gradients", _CANCELLED), ("buffers", _CANCELLED)):
+        for kind, name, floor in (
+            ("output", "output", 0.0),
+            ("gradients", "gradient", _CANCELLED),
+            ("buffers", "buffer", _CANCELLED),
+        ):
             mine, theirs = (pytree.tree_flatten_with_path(getattr(step, kind))[0] for step in (self, other))
             pairs = [
-                (f"{_NAMES[kind]}{pytree.keystr(path)}", got, want)
+                (name + pytree.keystr(path), got, want)
                 for (path, want), (_, got) in zip(mine, theirs, strict=True)
                 if isinstance(want, Tensor) and want.is_floating_point()
             ]
             lowest = floor * max((_norm(want) for _, _, want in pairs), default=0.0)
-            found |= {name: _error(got, want, lowest) for name, got, want in pairs}
+            found |= {where: _error(got, want, lowest) for where, got, want in pairs}
         return found
 
 
-_NAMES = {"output": "output", "gradients": "gradient", "buffers": "buffer"}
-
-
 def difference_of_steps(actual: Step, expected: Step, rounded: Step, limit: float) -> str | None:
-    """What differs between two steps by more than `limit` and by more than roundings do; or None.
+    """The first difference of two steps above `limit` and above the effect of roundings; or None.
 
     Args:
         actual: a step of the fused pyramid.
-        expected: the same of the original.
-        rounded: the same of the original that was changed by one rounding.
-        limit: the largest relative error where training amplifies nothing.
+        expected: the same step of the original.
+        rounded: the same step of the original changed by one rounding.
+        limit: the largest relative error if training amplifies nothing.
     """
-    for kind in ("output", "buffers"):  # all but the values of floating-point tensors
+    for kind in ("output", "buffers"):  # containers, shapes, dtypes and integers; the values follow below
         found = first_difference(getattr(actual, kind), getattr(expected, kind), float("inf"))
         if found is not None:
-            return str(found)
+            return found
     if actual.gradients.keys() != expected.gradients.keys():
         name = min(actual.gradients.keys() ^ expected.gradients.keys())
-        return f"the gradient of {name} is {'one that was not there' if name in actual.gradients else 'missing'}"
+        return f"the gradient of {name} is {'new' if name in actual.gradients else 'missing'}"
     errors, natural = expected.errors(actual), expected.errors(rounded)
     bound = max(limit, _AMPLIFIED * max(natural.values(), default=0.0))
     for name, error in errors.items():
@@ -173,7 +167,7 @@ def difference_of_steps(actual: Step, expected: Step, rounded: Step, limit: floa
 
 
 def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
-    """The `relative_error`, of a tensor whose norm is at least `floor`."""
+    """The error relative to the norm of a tensor, or to `floor` if that is larger."""
     norm = _norm(expected)
     error = relative_error(actual, expected)
     return error * norm / floor if norm < floor else error
@@ -184,7 +178,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _train(module: nn.Module, cls: type[nn.Module], call: Call, changed_by: float = 0.0) -> list[Step]:
-    """A few steps of a module, as one of class `cls`: each of its outputs, gradients and buffers."""
+    """A few training steps of a module as one of class `cls`."""
     random, steps = Random(), []
     args, kwargs = call.args, call.kwargs
     if changed_by:
@@ -210,7 +204,7 @@ def _train(module: nn.Module, cls: type[nn.Module], call: Call, changed_by: floa
 
 
 def _rounded(x: Tensor, changed_by: float, random: Random) -> Tensor:
-    """A tensor with each element changed by a part of itself, up or down."""
+    """A tensor with each element changed by this part of itself, up or down."""
     if not x.is_floating_point():
         return x
     factors = 1 + changed_by * random.normal(*x.shape).double().sign()
@@ -218,7 +212,7 @@ def _rounded(x: Tensor, changed_by: float, random: Random) -> Tensor:
 
 
 def _descend(module: nn.Module) -> None:
-    """A step of gradient descent, small beside the parameters as a whole: a gradient may be rounding errors alone."""
+    """One step of gradient descent, of a fixed length: a gradient may consist of rounding errors alone."""
     trained = [(p, p.grad) for p in module.parameters() if p.grad is not None]
     gradient = sum(_norm(grad) ** 2 for _, grad in trained) ** 0.5
     step = _STEP_SIZE * sum(_norm(p.detach()) ** 2 for p, _ in trained) ** 0.5 / max(gradient, 1e-6)
@@ -226,11 +220,11 @@ def _descend(module: nn.Module) -> None:
         for parameter, grad in trained:
             parameter.sub_(step * grad)
             parameter.grad = None
-    torch.clear_autocast_cache()  # of casts of the parameters before the step
+    torch.clear_autocast_cache()  # it holds casts of the old parameters
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose hooks are those of the module, not copies of them and of all that they hold."""
+    """A deep copy that shares the hooks of the module, since a hook may hold anything."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in part.__dict__.items():
@@ -255,7 +249,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _dtypes(module: nn.Module, outputs: Any) -> tuple[set[torch.dtype], bool]:
-    """The dtypes that take part: of parameters, results or autocast; and whether TF32 does."""
+    """The dtypes of parameters, results and autocast; and whether TF32 is in use."""
     tensors = [*_tensors(outputs), *module.parameters()]
     devices = {tensor.device.type for tensor in tensors if not tensor.is_meta}
     dtypes = {tensor.dtype for tensor in tensors}

@@ -1,4 +1,4 @@
-"""The modules: the pyramid, its extra levels, a ResNet with its pyramid, and the merge of a BiFPN."""
+"""The modules: the pyramid, its extra levels, a ResNet with a pyramid, and the merge of a BiFPN."""
 
 from fpn_kernels.modules.batch_norm import FrozenBatchNorm2d
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7

@@ -1,7 +1,7 @@
-"""Whether a call runs torch's own code and that of a module's class alone, or somebody else's as well.
+"""Checks whether a call of a module runs other code than torch's and that of the module's class.
 
-The fused calls bypass modules and functions, so they are used only where calling those could have no other effect.
-What was captured at import is compared at each call: it costs a few tenths of a microsecond per module.
+The fused calls bypass modules and functions, so a pyramid uses them only where a call of these has no other effect.
+Each call compares the functions of today with those captured at import: a few tenths of a microsecond per module.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fpn_kernels.operators.paths import is_watched
 
 
 def defining_class(cls: type, name: str = "forward") -> type:
-    """The class whose method of this name a class has."""
+    """The class in the method resolution order that defines the method."""
     return next(base for base in cls.__mro__ if name in base.__dict__)
 
 
-def is_own(function: Any, module_name: str, qualified_name: str) -> bool:
-    """Whether a function is the one written under this name in this module: neither replaced nor decorated."""
+def _is_original(function: Any, module_name: str, qualified_name: str) -> bool:
+    """Whether a function was written under this name in this module and is neither replaced nor decorated."""
     return (
         isinstance(function, types.FunctionType)
         and not hasattr(function, "__wrapped__")
@@ -34,27 +34,24 @@ def is_own(function: Any, module_name: str, qualified_name: str) -> bool:
     )
 
 
-def is_own_method(cls: type, name: str) -> bool:
-    """Whether a method is the one written in the class that defines it."""
+def is_original_method(cls: type, name: str, defined_as: str | None = None) -> bool:
+    """Whether a method is the one in the source of the class that defines it."""
     owner = defining_class(cls, name)
     function = owner.__dict__[name]
     if isinstance(function, staticmethod | classmethod):
         function = function.__func__
-    return is_own(function, owner.__module__, f"{owner.__qualname__}.{name}")
+    return _is_original(function, owner.__module__, f"{owner.__qualname__}.{defined_as or name}")
 
 
 def torch_method(cls: type, name: str, defined_as: str | None = None) -> Any:
-    """A method of one of torch's classes; what nothing is equal to where it was replaced before this import."""
-    function = getattr(cls, name)
-    owner = defining_class(cls, name)
-    ours = is_own(function, owner.__module__, f"{owner.__qualname__}.{defined_as or name}")
-    return function if ours else object()
+    """A method of one of torch's classes, or, if it was replaced before this import, an object equal to nothing."""
+    return getattr(cls, name) if is_original_method(cls, name, defined_as) else object()
 
 
 def _torch_function(name: str) -> Any:
     function = getattr(F, name)
     builtin = isinstance(function, types.BuiltinFunctionType)
-    return function if builtin or is_own(function, F.__name__, name) else object()
+    return function if builtin or _is_original(function, F.__name__, name) else object()
 
 
 _CALL = torch_method(nn.Module, "__call__", "_wrapped_call_impl")
@@ -65,10 +62,10 @@ _CONV2D, _INTERPOLATE, _BATCH_NORM = map(_torch_function, ("conv2d", "interpolat
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call of `module` runs anything besides the forward of its class.
+    """Whether a call of `module` runs other code than the forward of its class.
 
-    That is a hook, a parametrisation, a compiled call, or a method of the call that the instance, its class or
-    `nn.Module` itself has from elsewhere.  `_slow_forward` is called under a tracer only, where `must_step_aside`.
+    Examples are a hook, a parametrisation, a compiled call, and a method of the call that was replaced on the instance,
+    its class or `nn.Module`.  `_slow_forward` is not checked: it runs only under a tracer, see `must_step_aside`.
     """
     cls, held = type(module), module.__dict__
     return bool(
@@ -89,9 +86,9 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def _is_of_export(function: Any) -> bool:
-    """Whether a method is what torch.export and `make_fx` put on `nn.Module` to take down names.
+    """Whether torch.export or `make_fx` put this method on `nn.Module` to record names.
 
-    Symbolic tracing does the same, but calls with values that stand for others, where `must_step_aside`.
+    Symbolic tracing does the same, but `must_step_aside` detects its proxies.
     """
     return getattr(function, "__globals__", {}).get("__name__") == "torch.fx._symbolic_trace"
 
@@ -105,47 +102,39 @@ def _has_own_forward(cls: type) -> bool:
     return _is_own_forward(cls, cls.forward)  # type: ignore[attr-defined]
 
 
-# What `torch.compiler.assume_constant_result` sets, which imports the compiler.
+# As `torch.compiler.assume_constant_result` does, but without an import of the compiler.
 _has_own_forward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(256)
 def _is_own_forward(cls: type, forward: Callable[..., Any]) -> bool:
-    return is_own_method(cls, "forward")
-
-
-def every_module_is_hooked() -> bool:
-    """Whether someone hooked all modules."""
-    hooks = module_globals
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+    return is_original_method(cls, "forward")
 
 
 def must_step_aside(arguments: Iterable[Any]) -> bool:
-    """Whether a pyramid has to be composed of its modules and PyTorch's functions, as somebody looks at all of them.
+    """Whether a pyramid has to call its modules and PyTorch's functions, because other code observes them.
 
-    A transform, forward-mode AD or a tracer does (`is_watched`), symbolic tracing, a hook of all modules, and whoever
-    replaced one of the functions that a pyramid is made of (a profiler that counts operations, circular padding).
+    This is so under a transform, forward-mode AD, a TorchScript tracer (`is_watched`) or symbolic tracing, with a
+    global module hook, and where `conv2d`, `interpolate` or `batch_norm` was replaced (e.g. by an operation counter).
 
     Args:
-        arguments: those of the pyramid's call.
+        arguments: the arguments of the pyramid's call.
     """
     return bool(
         is_watched()
         or F.conv2d is not _CONV2D
         or F.interpolate is not _INTERPOLATE
         or F.batch_norm is not _BATCH_NORM
-        or every_module_is_hooked()
-        or holds_proxy(arguments)
+        or module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+        or _holds_proxy(arguments)
     )
 
 
-def holds_proxy(arguments: Iterable[Any]) -> bool:
-    """Whether one of the arguments, or of the values in one, stands for a value in a symbolic trace."""
+def _holds_proxy(arguments: Iterable[Any]) -> bool:
+    """Whether one of the arguments, or a value in a container among them, is a proxy of symbolic tracing."""
     for argument in arguments:
         if type(argument) is Tensor:
             continue
@@ -157,13 +146,15 @@ def holds_proxy(arguments: Iterable[Any]) -> bool:
 
 
 def called_methods(cls: type) -> dict[str, Any]:
-    """The forward of a module's class and the methods that it calls, directly or through one of them, by name."""
+    """The forward of a class and the methods that it calls, directly or through one another, by name."""
     methods: dict[str, Any] = {}
     names = ["forward"]
     while names:
         name = names.pop()
         function = getattr(cls, name, None)
-        if name in methods or not isinstance(function, types.FunctionType) or _is_nn_modules(cls, name):
+        if name in methods or not isinstance(function, types.FunctionType):
+            continue
+        if name != "forward" and defining_class(cls, name) in (nn.Module, object):
             continue
         methods[name] = function
         inner: Any = function
@@ -171,10 +162,6 @@ def called_methods(cls: type) -> dict[str, Any]:
             inner = inner.__wrapped__
         names += _names_in(inner.__code__)
     return methods
-
-
-def _is_nn_modules(cls: type, name: str) -> bool:
-    return name != "forward" and defining_class(cls, name) in (nn.Module, object)
 
 
 def _names_in(code: types.CodeType) -> list[str]:

@@ -12,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpn_kernels.modules.alterations import defining_class, runs_own_forward, torch_method
 
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 
 class FrozenBatchNorm2d(nn.Module):
-    """BatchNorm whose statistics and affine parameters are constants (buffers), as detectors use it.
+    """BatchNorm whose statistics and affine parameters are constants (buffers), as in detectors.
 
-    The ``num_batches_tracked`` of an `nn.BatchNorm2d` checkpoint is dropped on loading.
+    Loading drops the ``num_batches_tracked`` of an `nn.BatchNorm2d` checkpoint.
 
     Args:
         num_features: channels C of the input.
@@ -29,15 +31,15 @@ class FrozenBatchNorm2d(nn.Module):
         RuntimeError: the input has another number of channels (PyTorch's own message).
 
     Dtypes and layout:
-        Any floating-point dtype, which the result has, too (float16, bfloat16, float32, float64); computed by PyTorch,
-        which keeps NCHW and NHWC.  In a `FeaturePyramidNetwork` it is folded into the convolution before it, in float32
-        and float64.
+        Any floating-point dtype (float16, bfloat16, float32, float64), which is also the result's; computed by PyTorch,
+        which keeps NCHW and NHWC.  A `FeaturePyramidNetwork` folds it into the convolution before it, in float32 and
+        float64.
 
     Cost:
         ``2 N C H W itemsize`` bytes; folded, none.
 
     Source:
-        torchvision's class of the same name, in keys and meaning; `torch.nn.functional.batch_norm`.
+        torchvision's class of the same name, with the same keys; `torch.nn.functional.batch_norm`.
     """
 
     weight: Tensor
@@ -48,10 +50,8 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        for name, value in zip(_TENSORS, (1.0, 0.0, 0.0, 1.0), strict=True):
+            self.register_buffer(name, torch.full((num_features,), value))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
@@ -64,8 +64,8 @@ class FrozenBatchNorm2d(nn.Module):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
-        # With gradients F.batch_norm would keep x for the gradient of weight and bias, which nobody asks for.
-        # In float32, for what the scale or the shift overflows float16 the result may not.
+        # Under autograd F.batch_norm saves x for the gradients of weight and bias, which are constants here.  In
+        # float32, because the scale or the shift may overflow float16 where the result does not.
         scale, shift = _affine(self)
         shape = (1, -1, 1, 1)
         return (_wide(x) * scale.view(shape) + shift.view(shape)).to(x.dtype)
@@ -79,11 +79,11 @@ _CHECKS = (torch_method(nn.BatchNorm2d, "_check_input_dim"), torch_method(nn.Syn
 
 
 def has_fixed_statistics(norm: nn.Module) -> bool:
-    """Whether `norm` is, in its present mode, the affine map of a channel that `fold` can absorb.
+    """Whether `norm` is, in its present mode, an affine map per channel that `fold` can absorb.
 
-    True for BatchNorm in eval mode (SyncBatchNorm included) and for frozen BatchNorm: this library's,
-    torchvision's or Detectron2's, told by its name, its tensors and its eps, since theirs cannot be imported
-    here.  A subclass with a forward of its own might do anything (an activation, say) and is not folded.
+    True for BatchNorm in eval mode (also SyncBatchNorm) and for frozen BatchNorm: this library's, torchvision's or
+    Detectron2's, recognised by name, tensors and eps, since theirs cannot be imported here.  False for a subclass with
+    another forward, which may do anything, e.g. add an activation.
     """
     cls: Any = type(norm)
     if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
@@ -92,21 +92,18 @@ def has_fixed_statistics(norm: nn.Module) -> bool:
     return (
         defining_class(cls).__name__ == "FrozenBatchNorm2d"
         and runs_own_forward(norm)
-        and all(
-            isinstance(getattr(norm, name, None), Tensor) for name in ("weight", "bias", "running_mean", "running_var")
-        )
+        and all(isinstance(getattr(norm, name, None), Tensor) for name in _TENSORS)
         and isinstance(getattr(norm, "eps", None), float)
     )
 
 
 def tensors_of(norm: nn.Module) -> list[Tensor]:
-    """What `fold` reads of a norm that `has_fixed_statistics`."""
-    found = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    return [tensor for tensor in found if tensor is not None]  # type: ignore[misc]
+    """The tensors that `fold` reads from a norm with fixed statistics."""
+    return [tensor for name in _TENSORS if (tensor := getattr(norm, name)) is not None]
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``(scale, shift)`` with ``norm(x) = scale * x + shift`` for each channel; in float32 at least."""
+    """``(scale, shift)`` with ``norm(x) = scale * x + shift`` per channel, in float32 or float64."""
     mean, variance = _wide(norm.running_mean), _wide(norm.running_var)
     scale = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
     if norm.weight is not None:
@@ -123,15 +120,15 @@ def _wide(tensor: Any) -> Tensor:
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The weight and bias of one convolution equal to ``norm(conv(x))``, made anew at every call.
+    """The weight and bias of one convolution equal to ``norm(conv(x))``.
 
-    Nothing is cached, so an optimiser step, a loaded checkpoint or an in-place edit can never be missed, and
-    gradients reach the convolution's parameters and the affine parameters of the norm.
+    Not cached: each call sees the latest optimiser step, checkpoint or in-place edit, and gradients reach the
+    parameters of the convolution and of the norm.
 
     Args:
-        weight: ``[Cout, Cin, k, k]``, float32 or float64: in 16 bits what is folded may overflow.
+        weight: ``[Cout, Cin, k, k]``, float32 or float64; in 16 bits the product may overflow.
         bias: ``[Cout]`` or None.
-        norm: a norm that `has_fixed_statistics`, of the same dtype.
+        norm: a norm for which `has_fixed_statistics` is true, of the same dtype.
     """
     scale, shift = _affine(norm)
     if bias is not None:

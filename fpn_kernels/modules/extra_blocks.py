@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 
 class ExtraFPNBlock(nn.Module):
-    """Base class of the blocks that extend a pyramid; subclass it for levels of your own.
+    """Base class of the blocks that extend a pyramid; derive your own block from it.
 
-    A block is called once, after the output convolutions, with three lists in the order finest first, which
-    it may extend in place (they are the network's own copies).
+    A block is called once, after the output convolutions, with three lists, finest first.  It may extend them in place.
 
     Shape:
-        The P maps ``[N, out_channels, H_l, W_l]`` and the C maps ``[N, in_channels_l, H_l, W_l]``, to the P maps and
-        those added.
+        The P maps ``[N, out_channels, H_l, W_l]`` and the C maps ``[N, in_channels_l, H_l, W_l]`` to the P maps and the
+        added maps.
 
     Raises:
         NotImplementedError: the subclass has no ``forward``.
@@ -23,10 +22,10 @@ class ExtraFPNBlock(nn.Module):
         Those of the pyramid: float16, bfloat16, float32 or float64; NCHW or NHWC, each level as its C map.
 
     Cost:
-        That of the subclass, in bytes and operations: what it computes is not fused.
+        The bytes and operations of the subclass, which is not fused.
 
     Source:
-        torchvision's class of the same name, which serves as well.
+        torchvision's class of the same name, which is accepted in its place.
     """
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
@@ -34,11 +33,11 @@ class ExtraFPNBlock(nn.Module):
 
         Args:
             results: the P maps, ``[N, out_channels, H_l, W_l]`` each.
-            x: the C maps that the pyramid was made from, ``[N, in_channels_l, H_l, W_l]`` each.
+            x: the C maps of the same levels, ``[N, in_channels_l, H_l, W_l]`` each.
             names: the names of `results`.
 
         Returns:
-            The extended maps and their names, as many of one as of the other.
+            The extended maps and one name per map.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward(results, x, names)")
 
@@ -46,8 +45,7 @@ class ExtraFPNBlock(nn.Module):
 class LastLevelMaxPool(ExtraFPNBlock):
     """P6 for Faster R-CNN: every second pixel of the coarsest map (max-pooling with kernel 1 and stride 2).
 
-    The new map is named "pool", as in torchvision.  It is used for the anchors of the largest boxes only and
-    has no parameters.
+    The new map is named "pool", as in torchvision.  Only the anchors of the largest boxes use it.
 
     Shape:
         P5 ``[N, C, H, W]`` to P6 ``[N, C, ceil(H / 2), ceil(W / 2)]``.
@@ -67,7 +65,7 @@ class LastLevelMaxPool(ExtraFPNBlock):
     """
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        # A pool rather than a slice: the result must own its memory, not keep all of P5 alive through a view.
+        # Not a slice: a view would keep all of P5 alive.
         results.append(F.max_pool2d(results[-1], kernel_size=1, stride=2, padding=0))
         names.append("pool")
         return results, names
@@ -76,8 +74,8 @@ class LastLevelMaxPool(ExtraFPNBlock):
 class LastLevelP6P7(ExtraFPNBlock):
     """P6 and P7 for RetinaNet: 3x3 convolutions with stride 2, ``p7 = conv(relu(p6))``.
 
-    P6 is computed from P5 where ``in_channels == out_channels``, else from C5, as in torchvision;
-    Detectron2's block "from res5" is ``LastLevelP6P7(2048, 256)``.
+    P6 is computed from P5 if ``in_channels == out_channels``, else from C5, as in torchvision.  Detectron2's block
+    "from res5" is ``LastLevelP6P7(2048, 256)``.
 
     Args:
         in_channels: channels of the map that P6 is computed from.
@@ -93,7 +91,7 @@ class LastLevelP6P7(ExtraFPNBlock):
         Those of the parameters: float16, bfloat16, float32 or float64; NCHW or NHWC.
 
     Cost:
-        PyTorch's own convolutions: at least the map, the weights, P6 and P7 once, and P6 once more to read it, in bytes
+        PyTorch's convolutions: at least the map, the weights, P6 and P7 once, and P6 read once more, in bytes
         ``(N Cin H W + 9 Cin C + 9 C C + 2 C + 2 N C H W / 4 + N C H W / 16) itemsize``.
 
     Source:
@@ -108,7 +106,7 @@ class LastLevelP6P7(ExtraFPNBlock):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
             if convolution.bias is not None:
                 nn.init.zeros_(convolution.bias)
-        self.use_P5 = in_channels == out_channels  # torchvision's name for it
+        self.use_P5 = in_channels == out_channels  # torchvision's attribute
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         p6 = self.p6(results[-1] if self.use_P5 else x[-1])

@@ -1,4 +1,4 @@
-"""The drop-in Feature Pyramid Network: torchvision's module, computed by the fused calls."""
+"""The Feature Pyramid Network: a drop-in for torchvision's module, computed by the fused calls."""
 
 from __future__ import annotations
 
@@ -19,48 +19,46 @@ from fpn_kernels.resampling import MODES
 class FeaturePyramidNetwork(nn.Module):
     """Feature Pyramid Network with torchvision's constructor, call and checkpoints.
 
-    Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1
-    convolution `inner_l` and a 3x3 convolution `layer_l`.  The whole top-down pathway is one fused call where
-    every inner block is still the convolution it was built as, alone or followed by BatchNorm with fixed
-    statistics (eval mode, or frozen), which is folded into the call's weight and bias (anew at each call, so that
-    no edit is missed).  Any other norm, BatchNorm in training, and BatchNorm in 16 bits or under autocast, where what
-    is folded may overflow, runs convolution, norm and then `fpn_kernels.upsample_add`.  So does a block that
-    carries hooks, is parametrised, or was patched, wrapped or replaced (by a LoRA adapter, a quantised convolution):
-    it is called as it is, in torchvision's order.
+    Each level is ``M_l = gain * (inner_l(C_l) + resize(M_{l+1}))`` and ``P_l = layer_l(M_l)``, with a 1x1 convolution
+    `inner_l` and a 3x3 convolution `layer_l`.  The top-down pathway is one fused call if each inner block is a plain
+    convolution, alone or followed by BatchNorm with fixed statistics (eval mode, or frozen).  Each call folds the norm
+    into weight and bias again, so it sees every edit.
 
-    Where a functorch transform, forward-mode AD, a TorchScript or symbolic tracer, a hook of all modules or a replaced
-    `torch.nn.functional.conv2d`, `interpolate` or `batch_norm` looks on, and in a subclass that overrides
-    `get_result_from_inner_blocks` or `get_result_from_layer_blocks`, the pyramid is made of these two methods and
-    PyTorch's own functions.
+    Any other block is called as a module, in torchvision's order, and `fpn_kernels.upsample_add` merges its result: a
+    block with hooks, a parametrisation, a patch, a wrapper (LoRA), a replacement (a quantised convolution), another
+    norm, BatchNorm in training, or BatchNorm in 16 bits or under autocast, where folding may overflow.
+
+    The whole pyramid runs by `get_result_from_inner_blocks`, `get_result_from_layer_blocks` and PyTorch's functions
+    under a functorch transform, forward-mode AD, a TorchScript tracer or symbolic tracing, with a global module hook,
+    where `torch.nn.functional.conv2d`, `interpolate` or `batch_norm` was replaced, and in a subclass that overrides
+    either method.
 
     Args:
         in_channels_list: channels of each feature map, finest first.
         out_channels: channels of every map of the pyramid.
-        extra_blocks: appends coarser levels: `LastLevelMaxPool`, `LastLevelP6P7`, an `ExtraFPNBlock` of your
-            own, or torchvision's.
-        norm_layer: called with `out_channels` for the norm of each convolution, which then has no bias.
-        mode: how the coarser map is resized: "nearest" (the paper, torchvision, Detectron2), "nearest-exact"
-            or "bilinear".
+        extra_blocks: appends coarser levels: `LastLevelMaxPool`, `LastLevelP6P7`, another `ExtraFPNBlock`, or
+            torchvision's.
+        norm_layer: called with `out_channels` to make the norm of each convolution, which then has no bias.
+        mode: resize of the coarser map: "nearest" (the paper, torchvision, Detectron2), "nearest-exact" or "bilinear".
         fuse_type: "sum", or "avg" for half the sum (Detectron2's option).
 
     Shape:
-        One map ``[N, in_channels_list[l], H_l, W_l]`` a level, finest first, to one ``[N, out_channels, H_l, W_l]`` a
-        level, and those of the extra block.  Any sizes: a level is resized to the one it is added to.
+        One map ``[N, in_channels_list[l], H_l, W_l]`` per level, finest first, to one ``[N, out_channels, H_l, W_l]``
+        per level, and those of the extra block.  Any sizes: a map is resized to the one that it is added to.
 
     Raises:
         TypeError: an argument of the wrong type, named in the message.
         ValueError: an argument of the wrong value, named in the message.
 
     Dtypes and layout:
-        float16, bfloat16, float32 and float64.  Every output map has the layout, NCHW or NHWC, of the feature map of
-        its level.  The merged maps in between may have another where this machine's output convolutions are faster in
-        it.  Under autocast the fused calls run in the autocast dtype with float32 sums; eager would resample, and from
-        there on carry the pathway, in float32.
+        float16, bfloat16, float32 and float64.  Each output map has the layout (NCHW or NHWC) of the feature map of its
+        level.  The merged maps have the layout in which the output convolutions are fastest.  Under autocast the fused
+        calls run in the autocast dtype with float32 accumulators; eager PyTorch resizes, and continues, in float32.
 
     Cost:
         At least ``sum_l (N H_l W_l (Cin_l + Cout) + Cin_l Cout + 9 Cout Cout + 2 Cout) itemsize`` bytes, and
         ``sum_l N H_l W_l (2 Cin_l Cout + 18 Cout Cout)`` operations; the merged maps, written and read again between
-        the two convolutions, are ``2 N Cout H_l W_l`` elements a level more.
+        the two convolutions, add ``2 N Cout H_l W_l`` elements per level.
 
     Source:
         Feature Pyramid Networks, arXiv 1612.03144, section 3; torchvision's class of the same name.
@@ -97,7 +95,7 @@ class FeaturePyramidNetwork(nn.Module):
         for in_channels in channels:
             self.inner_blocks.append(_convolution(in_channels, out_channels, 1, norm_layer))
             self.layer_blocks.append(_convolution(out_channels, out_channels, 3, norm_layer))
-        # In this order, and before the extra blocks are attached, so that a seed gives torchvision's weights.
+        # In this order, and before extra_blocks is set, so that a seed gives torchvision's weights.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
@@ -109,16 +107,15 @@ class FeaturePyramidNetwork(nn.Module):
         """Computes the pyramid.
 
         Args:
-            x: the backbone's maps, finest first, ``[N, in_channels_list[l], H_l, W_l]``: a mapping of name to
-                map, or a list or tuple.  Any sizes: a level is resized to the one it is added to.
+            x: the maps of the backbone, ``[N, in_channels_list[l], H_l, W_l]``, finest first: a mapping of name to map,
+                a list or a tuple.
 
         Returns:
             For a mapping, an `OrderedDict` with the same keys; for a list or tuple, a tuple.  One map
-            ``[N, out_channels, H_l, W_l]`` a level, then those of the extra block.
+            ``[N, out_channels, H_l, W_l]`` per level, then those of the extra block.
 
         Raises:
-            TypeError, ValueError: not such maps, or not as many as there are levels; the message names the
-                level.
+            TypeError, ValueError: wrong maps, or a wrong number of them; the message names the level.
         """
         inner, outer = list(self.inner_blocks), list(self.layer_blocks)
         names, features = _check_features(x, inner)
@@ -138,17 +135,17 @@ class FeaturePyramidNetwork(nn.Module):
         return tuple(results)
 
     def _is_overridden(self) -> bool:
-        """Whether one of torchvision's methods that the forward is made of is somebody else's."""
+        """Whether one of torchvision's methods was overridden in a subclass or patched."""
         cls, held = type(self), self.__dict__
         return (
-            cls.get_result_from_inner_blocks is not _GET_RESULT_FROM_INNER_BLOCKS
-            or cls.get_result_from_layer_blocks is not _GET_RESULT_FROM_LAYER_BLOCKS
+            cls.get_result_from_inner_blocks is not _INNER_METHOD
+            or cls.get_result_from_layer_blocks is not _LAYER_METHOD
             or "get_result_from_inner_blocks" in held
             or "get_result_from_layer_blocks" in held
         )
 
     def _compose(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The output maps by modules and PyTorch's own functions, as torchvision computes them."""
+        """The output maps computed as in torchvision, by the modules and PyTorch's functions."""
         merged = self.get_result_from_inner_blocks(features[-1], -1)
         results = [self.get_result_from_layer_blocks(merged, -1)]
         for level in reversed(range(len(features) - 1)):
@@ -196,8 +193,8 @@ class FeaturePyramidNetwork(nn.Module):
         return f"mode={self.mode!r}, fuse_type={self.fuse_type!r}"
 
 
-_GET_RESULT_FROM_INNER_BLOCKS = FeaturePyramidNetwork.get_result_from_inner_blocks
-_GET_RESULT_FROM_LAYER_BLOCKS = FeaturePyramidNetwork.get_result_from_layer_blocks
+_INNER_METHOD = FeaturePyramidNetwork.get_result_from_inner_blocks
+_LAYER_METHOD = FeaturePyramidNetwork.get_result_from_layer_blocks
 
 
 def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list[Tensor]]:
@@ -205,15 +202,15 @@ def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list
         names, features = list(x.keys()), list(x.values())
         keys: Sequence[Any] = names
     elif isinstance(x, (list, tuple)):
-        # The names torchvision's backbones give: an extra block may extend them.
+        # The names in torchvision's backbones, for the extra block.
         names, features = [str(level) for level in range(len(x))], list(x)
         keys = range(len(x))
     else:
         raise TypeError(f"x: expected a mapping, list or tuple of feature maps, finest first, got {type(x).__name__}")
     if len(features) != len(inner):
-        raise ValueError(f"x: expected {len(inner)} feature maps, one for each level, got {len(features)}")
+        raise ValueError(f"x: expected {len(inner)} feature maps (one per level), got {len(features)}")
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return names, features  # where sizes are tensors, and each check would warn of it
+        return names, features  # sizes are tensors here, and a check of them would warn
     for level, (key, feature, block) in enumerate(zip(keys, features, inner, strict=True)):
         _check_feature(level, key, feature, block)
     return names, features
@@ -222,7 +219,7 @@ def _check_features(x: Any, inner: Sequence[nn.Module]) -> tuple[list[Any], list
 def _check_feature(level: int, key: Any, feature: Any, block: nn.Module) -> None:
     if not isinstance(feature, Tensor):
         if isinstance(feature, torch.fx.Proxy):
-            return  # nothing is known of it in a symbolic trace
+            return  # a symbolic trace knows neither type nor shape
         raise TypeError(f"x[{key!r}]: expected a Tensor for level {level}, got {type(feature).__name__}")
     if feature.dim() != 4:
         raise ValueError(f"x[{key!r}]: expected a map [N, C, H, W] for level {level}, got shape {tuple(feature.shape)}")
@@ -256,32 +253,39 @@ def _check_channels(in_channels_list: Any, out_channels: Any) -> list[int]:
     if not channels:
         raise ValueError("in_channels_list: expected at least one level, got none")
     for level, in_channels in enumerate(channels):
-        if in_channels == 0:
+        if in_channels == 0:  # torchvision's words
             raise ValueError(f"in_channels_list[{level}]: in_channels=0 is currently not supported")
-        _check_positive(f"in_channels_list[{level}]", in_channels)
-    _check_positive("out_channels", out_channels)
+        check_integer(f"in_channels_list[{level}]", in_channels)
+    check_integer("out_channels", out_channels)
     return channels
 
 
-def _check_positive(argument: str, value: Any) -> None:
+def check_integer(argument: str, value: Any, low: int = 1, high: int | None = None) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{argument}: expected a positive integer, got {value}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{argument}: expected {bounds}, got {value}")
+
+
+def check_norm_layer(norm_layer: Any) -> None:
+    """Raise TypeError unless `norm_layer` is a callable other than a module."""
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(
+            f"norm_layer: expected a callable (number of channels to norm), got {type(norm_layer).__name__}"
+        )
 
 
 def _check_options(extra_blocks: Any, norm_layer: Any, mode: Any, fuse_type: Any) -> None:
-    # torchvision's blocks have the same contract but another class of the same name; users bring them along.
+    # Also torchvision's blocks, which derive from another class of the same name.
     if extra_blocks is not None and not (
         isinstance(extra_blocks, nn.Module)
         and any(cls.__name__ == "ExtraFPNBlock" for cls in type(extra_blocks).__mro__)
     ):
         raise TypeError(f"extra_blocks: expected an ExtraFPNBlock or None, got {type(extra_blocks).__name__}")
-    if norm_layer is not None and (isinstance(norm_layer, nn.Module) or not callable(norm_layer)):
-        raise TypeError(
-            "norm_layer: expected a callable that makes a norm from a number of channels, or None,"
-            f" got {type(norm_layer).__name__}"
-        )
+    if norm_layer is not None:
+        check_norm_layer(norm_layer)
     for argument, value, choices in (("mode", mode, MODES), ("fuse_type", fuse_type, tuple(GAINS))):
         if not isinstance(value, str):
             raise TypeError(f"{argument}: expected one of {choices}, got {type(value).__name__}")

@@ -1,14 +1,14 @@
-"""A pyramid over the blocks that hold its parameters: the top-down pathway, and the output maps.
+"""A pyramid computed from blocks: the top-down pathway, then the output convolutions.
 
-Every block that a fused call can stand in for is given to one; any other is called as the module it is, as often and
-in the order as in the network that it is from, and its result merged by `upsample_add`.
+A block with fused parameters is computed by a fused call.  Any other block is called as a module, as often and in the
+same order as in the original network, and `upsample_add` merges its result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,18 @@ from fpn_kernels.operators.layouts import result_format
 GAINS = {"sum": 1.0, "avg": 0.5}
 
 FindParameters = Callable[[nn.Module, int], Parameters | None]
+_Level = tuple[Tensor, nn.Module, Parameters | None]  # feature, lateral block and its parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """In which order a network calls its blocks, which shows where a call changes state or its input.
+    """The order in which a network calls its blocks; it matters where a call changes state or its input.
 
     Attributes:
-        laterals_first: all lateral blocks are called before the first merge, the finest first; else each before its
-            merge, the coarsest first.
-        outputs: each output block is called "with its merge", or all are once all levels are merged, "finest first"
-            or "coarsest first".
+        laterals_first: whether all lateral blocks are called before the first merge, the finest first; else each before
+            its merge, the coarsest first.
+        outputs: "with its merge" if each output block is called after the merge of its level; "finest first" or
+            "coarsest first" if all are called after the last merge.
     """
 
     laterals_first: bool
@@ -53,41 +54,50 @@ def pyramid(
     scale_factor: int | None = None,
     find_parameters: FindParameters = fused_parameters,
 ) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """The merged maps, finest first, and the output maps of the finest levels, as many as there are output blocks.
+    """The merged maps and the output maps, finest first.
 
-    Blocks that a fused call stands in for have no effect of their own, so the order of their calls is free.  Where
-    one of the output blocks is not such a block, all calls are in the network's order, on maps in the caller's layout.
+    A block with fused parameters has no side effect, so its call may be moved.  If one of the output blocks has none,
+    all calls keep the network's order, on maps in the caller's layout.
 
-    The merged maps lie in memory as the output convolutions read them fastest; `in_layout_of` takes one out in the
+    The merged maps have the layout in which the output convolutions are fastest; `in_layout_of` converts one to the
     caller's layout, which every output map has.
 
     Args:
-        features: the backbone's maps, finest first.
+        features: the maps of the backbone, finest first.
         inner_blocks: the lateral block of each level.
-        output_blocks: the output block of each level, from the finest on.
+        output_blocks: the output blocks of the finest levels; there may be fewer than levels.
         order: the network's order of calls.
         mode: as in `fpn_kernels.upsample_add`.
         gain: factor on each merge.
-        scale_factor: None where a map is resized to the size of the one it is added to; a number where it is
-            enlarged by that, so that other sizes are the error (or the broadcast) of PyTorch's own sum.
-        find_parameters: gives the weight and bias of a block, or None where it must run as a module.
+        scale_factor: None to resize each map to the size of the next finer one.  A number to enlarge each map by it;
+            another size is then the error (or the broadcast) of PyTorch's addition.
+        find_parameters: returns the weight and bias of a block, or None where it must run as a module.
     """
     inner = [find_parameters(block, 1) for block in inner_blocks]
     outer = [find_parameters(block, 3) for block in output_blocks]
+    levels = list(zip(features, inner_blocks, inner, strict=True))
     resize = {"mode": mode, "gain": gain, "scale_factor": scale_factor}
     opaque = [block for block, parameters in zip(output_blocks, outer, strict=True) if parameters is None]
-    if all(map(is_identity, opaque)):
-        merged = _merge_all(features, inner_blocks, inner, order, resize, _merged_format(features, outer))
-        convolved = _output_maps(features, merged, outer)
-        return merged, [
-            in_layout_of(feature, level) if output is None else output
-            for feature, level, output in zip(features, merged, convolved, strict=False)
-        ]
-    return _in_order(features, inner_blocks, inner, output_blocks, outer, order, resize)
+    if not all(map(is_identity, opaque)):
+        return _in_order(features, _merges(levels, order, resize), output_blocks, outer, order)
+    given = [parameters for parameters in inner if parameters is not None]
+    merged: Sequence[Tensor]
+    if len(given) == len(levels) and all(_fits(top, fine, scale_factor) for fine, top in itertools.pairwise(features)):
+        weights, biases = zip(*given, strict=True)
+        memory_format = _merged_format(features, outer)
+        merged = functional.top_down_pathway(
+            features, weights, biases, mode=mode, gain=gain, memory_format=memory_format
+        )
+    else:
+        merged = list(_merges(levels, order, resize))[::-1]
+    return merged, [
+        in_layout_of(feature, level) if output is None else output
+        for feature, level, output in zip(features, merged, _output_maps(features, merged, outer), strict=False)
+    ]
 
 
 def _merged_format(features: Sequence[Tensor], outputs: Sequence[Parameters | None]) -> torch.memory_format:
-    """The layout in which the output convolutions read the merged maps fastest."""
+    """The layout of the merged maps in which the output convolutions are fastest."""
     given = [parameters[0] for parameters in outputs if parameters is not None]
     if not given:
         return torch.preserve_format
@@ -95,104 +105,69 @@ def _merged_format(features: Sequence[Tensor], outputs: Sequence[Parameters | No
     return functional.output_conv_format(features[0], recorded=recorded)
 
 
-def _merge_all(
-    features: Sequence[Tensor],
-    blocks: Sequence[nn.Module],
-    parameters: Sequence[Parameters | None],
-    order: Order,
-    resize: dict[str, Any],
-    memory_format: torch.memory_format,
-) -> Sequence[Tensor]:
-    """The merged maps, finest first: one fused call where every block has parameters."""
-    given = [each for each in parameters if each is not None]
-    if len(given) == len(blocks) and all(
-        _fits(top, feature, resize["scale_factor"]) for feature, top in itertools.pairwise(features)
-    ):
-        weights, biases = zip(*given, strict=True)
-        return functional.top_down_pathway(
-            features, weights, biases, mode=resize["mode"], gain=resize["gain"], memory_format=memory_format
-        )
-    return list(_merges(features, blocks, parameters, order, resize))[::-1]
-
-
-def _merges(
-    features: Sequence[Tensor],
-    blocks: Sequence[nn.Module],
-    parameters: Sequence[Parameters | None],
-    order: Order,
-    resize: dict[str, Any],
-) -> Iterator[Tensor]:
+def _merges(levels: Sequence[_Level], order: Order, resize: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the merged maps, coarsest first.  Each is computed lazily, in the layout of its feature."""
-    laterals: list[Tensor | None] = [None] * len(features)
-    if order.laterals_first:
-        for level, (block, found) in enumerate(zip(blocks, parameters, strict=True)):
-            laterals[level] = block(features[level]) if found is None else None
+    laterals = [
+        block(feature) if order.laterals_first and parameters is None else None for feature, block, parameters in levels
+    ]
     top = None
-    for level in reversed(range(len(features))):
-        lateral = laterals[level]
+    for (feature, block, parameters), lateral in zip(levels[::-1], laterals[::-1], strict=True):
         if lateral is None:
-            top = merge_level(features[level], blocks[level], parameters[level], top, **resize)
-        elif top is None:
-            top = lateral
+            top = merge_level(feature, block, parameters, top, **resize)
         else:
-            top = add_top(lateral, top, **resize)
+            top = lateral if top is None else add_top(lateral, top, **resize)
         yield top
 
 
 def _in_order(
     features: Sequence[Tensor],
-    inner_blocks: Sequence[nn.Module],
-    inner: Sequence[Parameters | None],
-    output_blocks: Sequence[nn.Module],
+    merges: Iterable[Tensor],
+    blocks: Sequence[nn.Module],
     outer: Sequence[Parameters | None],
     order: Order,
-    resize: dict[str, Any],
 ) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """`pyramid` with every call where the network has it."""
-    merged: list[Tensor] = []  # coarsest first
+    """`pyramid` with all calls in the network's order."""
+    merged: list[Tensor] = []
     results: dict[int, Tensor] = {}
 
-    def output(level: int) -> None:
-        feature, parameters = merged[len(features) - 1 - level], outer[level]
-        if parameters is None:
-            results[level] = output_blocks[level](feature)
-        else:
-            results[level] = functional.output_conv(feature, *parameters, memory_format=result_format(features[level]))
+    def output(level: int, top: Tensor) -> None:
+        parameters = outer[level]
+        results[level] = blocks[level](top) if parameters is None else _output_map(features[level], top, parameters)
 
-    for top in _merges(features, inner_blocks, inner, order, resize):
-        merged.append(top)
+    for top in merges:
+        merged.insert(0, top)
         level = len(features) - len(merged)
         if order.outputs == "with its merge" and level < len(outer):
-            output(level)
+            output(level, top)
     if order.outputs != "with its merge":
         levels = range(len(outer))
         for level in levels if order.outputs == "finest first" else reversed(levels):
-            output(level)
-    return merged[::-1], [results[level] for level in range(len(outer))]
+            output(level, merged[level])
+    return merged, [results[level] for level in range(len(outer))]
+
+
+def _output_map(feature: Tensor, merged: Tensor, parameters: Parameters) -> Tensor:
+    return functional.output_conv(merged, *parameters, memory_format=result_format(feature))
 
 
 def _output_maps(
     features: Sequence[Tensor], merged: Sequence[Tensor], outputs: Sequence[Parameters | None]
 ) -> list[Tensor | None]:
-    """The output map of each level whose block has parameters, in the layout of its feature; None for the others."""
+    """The output map of each level that has parameters, in the layout of its feature; None for the other levels."""
     given = {level: parameters for level, parameters in enumerate(outputs) if parameters is not None}
-    results: list[Tensor | None] = [None] * len(outputs)
     kinds = {(result_format(features[n]), merged[n].dtype) for n in given}
-    if len(kinds) == 1:
+    if len(kinds) == 1:  # one call for all levels
         weights, biases = zip(*given.values(), strict=True)
         memory_format, _ = kinds.pop()
         maps = functional.output_conv_levels([merged[n] for n in given], weights, biases, memory_format=memory_format)
-        for level, result in zip(given, maps, strict=True):
-            results[level] = result
-        return results
-    for level, parameters in given.items():
-        memory_format = result_format(features[level])
-        results[level] = functional.output_conv(merged[level], *parameters, memory_format=memory_format)
-    return results
+        results = dict(zip(given, maps, strict=True))
+    else:
+        results = {n: _output_map(features[n], merged[n], parameters) for n, parameters in given.items()}
+    return [results.get(level) for level in range(len(outputs))]
 
 
 def in_layout_of(feature: Tensor, merged: Tensor) -> Tensor:
-    """A merged map in the layout of the feature that it was made from; itself where it has that layout."""
+    """A merged map in the layout of its feature; the map itself where it has that layout."""
     wanted = result_format(feature)
     return merged if result_format(merged) == wanted else functional.reorder(merged, wanted)
 
@@ -207,7 +182,7 @@ def merge_level(
     gain: float = 1.0,
     scale_factor: int | None = None,
 ) -> Tensor:
-    """One level: ``gain * (block(feature) + resize(top))``, or ``block(feature)`` where there is no `top`."""
+    """The merged map of one level: ``gain * (block(feature) + resize(top))``, or ``block(feature)`` without `top`."""
     if parameters is not None and _can_merge(feature, top, scale_factor):
         return functional.lateral_connection(feature, *parameters, top, mode=mode, gain=gain)
     lateral: Tensor = block(feature) if parameters is None else functional.lateral_connection(feature, *parameters)
@@ -217,13 +192,12 @@ def merge_level(
 def add_top(
     lateral: Tensor, top: Tensor, *, mode: str = "nearest", gain: float = 1.0, scale_factor: int | None = None
 ) -> Tensor:
-    """``gain * (lateral + resize(top))``, also of two dtypes and of sizes that `scale_factor` does not meet."""
+    """``gain * (lateral + resize(top))``, also for two dtypes and for sizes that do not match `scale_factor`."""
     if not _fits(top, lateral, scale_factor):
         align_corners = False if mode == "bilinear" else None
         enlarged = F.interpolate(top, scale_factor=scale_factor, mode=mode, align_corners=align_corners)
         return gain * (lateral + enlarged)
-    # A norm may return another dtype than the level above has (GroupNorm under autocast: float32); the sum of
-    # two dtypes is eager PyTorch's.
+    # A norm may return another dtype than the level above (GroupNorm under autocast: float32).
     dtype = torch.promote_types(lateral.dtype, top.dtype)
     return functional.upsample_add(top.to(dtype), lateral.to(dtype), mode=mode, gain=gain)
 

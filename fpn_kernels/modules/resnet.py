@@ -1,4 +1,4 @@
-"""The bottom-up pathway: a bottleneck ResNet under torchvision's names, returning C2..C5."""
+"""The bottom-up pathway: a bottleneck ResNet with torchvision's names that returns C2..C5."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Bottleneck(nn.Module):
         width: channels of the 3x3 convolution; the output has four times as many.
         stride: of the block, 1 or 2.
         norm_layer: makes the norm of a number of channels.
-        stride_in_1x1: the stride sits in the first 1x1 convolution (the original, and the weights Detectron2
-            takes from it) instead of the 3x3 (torchvision).
+        stride_in_1x1: put the stride into the first 1x1 convolution (the paper, Detectron2) instead of the 3x3
+            (torchvision).
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, norm_layer: NormLayer, stride_in_1x1: bool) -> None:
@@ -52,18 +52,18 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A bottleneck ResNet without its classifier.
 
-    Keys are torchvision's, so its published weights load in one line; the two of the classifier,
-    ``fc.weight`` and ``fc.bias``, are passed over, and every other key must match::
+    The keys are torchvision's, so its published weights load in one line.  The classifier's ``fc.weight`` and
+    ``fc.bias`` are ignored, and every other key must match::
 
         model.body.load_state_dict(torch.load("resnet50.pth", weights_only=True))
 
     Args:
-        layers: blocks in each of the four stages; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
+        layers: blocks per stage; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
         width: channels of the stem; stage s returns ``width * 4 * 2**s``.
         norm_layer: makes the norm of a number of channels.
         stride_in_1x1: see `Bottleneck`.
-        freeze_at: as Detectron2's: 0 trains everything, 1 freezes the stem, 2 the first stage too, up to 5.
-            The parameters of what is frozen ask for no gradient and its norms stay in eval mode.
+        freeze_at: as in Detectron2: 0 trains everything, 1 freezes the stem, 2 the first stage too, up to 5.  Frozen
+            parameters require no gradient, and frozen norms stay in eval mode.
     """
 
     layer1: nn.Module
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)
-        # A frozen stage in training mode would still move its running statistics.
+        # In training mode, a frozen stage would still update its running statistics.
         for module in self._frozen():
             module.eval()
         return self

@@ -1,4 +1,4 @@
-"""Image in, pyramid out: a bottleneck ResNet and its Feature Pyramid Network in one module."""
+"""A bottleneck ResNet and its Feature Pyramid Network in one module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_kernels.modules.extra_blocks import ExtraFPNBlock, LastLevelMaxPool
-from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork
+from fpn_kernels.modules.feature_pyramid import FeaturePyramidNetwork, check_integer, check_norm_layer
 from fpn_kernels.modules.resnet import NormLayer, ResNet
 
 _STAGES = (2, 3, 4, 5)
@@ -19,28 +19,25 @@ _STAGES = (2, 3, 4, 5)
 class ResNetFPN(nn.Module):
     """The bottom-up pathway `body` (a `ResNet`) and the pyramid `fpn` (a `FeaturePyramidNetwork`).
 
-    Keys are those of torchvision's `BackboneWithFPN` (``body.conv1.weight``,
-    ``fpn.inner_blocks.0.0.weight``), so the backbone of its detectors loads as a whole, and its
-    classification weights load into the body (``model.body.load_state_dict(...)``, strict but for ``fc.*``); nothing is
-    downloaded here.  The systems that users bring along are options of it; see the example.
+    The keys are those of torchvision's `BackboneWithFPN` (``body.conv1.weight``, ``fpn.inner_blocks.0.0.weight``).  So
+    the backbone of a torchvision detector loads as a whole, and classification weights load into the body
+    (``model.body.load_state_dict(...)``, strict except for ``fc.*``).  Nothing is downloaded.  The example shows the
+    options of common systems.
 
     Args:
-        layers: blocks in each stage of the ResNet.
+        layers: blocks per stage of the ResNet.
         out_channels: channels of every map of the pyramid.
         levels: the C maps that enter the pyramid, ascending, of 2, 3, 4, 5.
         mode: "nearest", "nearest-exact" or "bilinear", as in `FeaturePyramidNetwork`.
         fuse_type: "sum" or "avg", as in `FeaturePyramidNetwork`.
-        smooth: the levels that have an output convolution (default: all of `levels`); the others return the
-            merged map itself.
-        extra_blocks: "pool" for P6 as every second pixel of P5, None for no further level, or an
-            `ExtraFPNBlock`.
-        norm_layer: makes the norms of the ResNet: `nn.BatchNorm2d`, `FrozenBatchNorm2d`, or any of one
-            argument.
-        fpn_norm_layer: makes the norms of the pyramid, which has none by default.
-        stride_in_1x1: a block's stride sits in its first 1x1 convolution, not in the 3x3.
+        smooth: the levels with an output convolution (default: all of `levels`); the others return the merged map.
+        extra_blocks: "pool" for P6 as every second pixel of P5, None for no further level, or an `ExtraFPNBlock`.
+        norm_layer: makes the norm of a number of channels in the ResNet, e.g. `FrozenBatchNorm2d`.
+        fpn_norm_layer: the same in the pyramid, which has no norms by default.
+        stride_in_1x1: put a block's stride into its first 1x1 convolution, not into the 3x3.
         freeze_at: as in Detectron2: 1 freezes the stem, 2 the first stage too, and so on; 0 nothing.
         width: channels of the stem; C2 has four times as many.
-        return_tuple: return the maps as a tuple, finest first, instead of by name.
+        return_tuple: return a tuple of maps, finest first, instead of an `OrderedDict`.
 
     Shape:
         Images ``[N, 3, H, W]`` to maps ``p_l`` of ``[N, out_channels, ceil(H / 2**l), ceil(W / 2**l)]``.
@@ -50,11 +47,11 @@ class ResNetFPN(nn.Module):
         ValueError: an argument of the wrong value, named in the message.
 
     Dtypes and layout:
-        Those of the parameters: float16, bfloat16, float32 or float64; NCHW or NHWC.  The backbone is PyTorch's own
+        Those of the parameters: float16, bfloat16, float32 or float64; NCHW or NHWC.  The backbone runs PyTorch's
         convolutions; the pyramid is a `FeaturePyramidNetwork`.
 
     Cost:
-        In bytes and operations that of the backbone, which the pyramid's adds to (`FeaturePyramidNetwork`).
+        The bytes and operations of the backbone, plus those of `FeaturePyramidNetwork`.
 
     Source:
         Deep Residual Learning, arXiv 1512.03385, and Feature Pyramid Networks, arXiv 1612.03144; the names are those of
@@ -70,7 +67,7 @@ class ResNetFPN(nn.Module):
         model = resnet50_fpn(mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
         # kuangliu's FPN101()
         model = ResNetFPN((2, 2, 2, 2), mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
-        # Detectron2: p2..p6 by name (the order of the image's channels, BGR there, is the caller's matter)
+        # Detectron2: p2..p6 by name; its weights expect BGR images
         detectron2 = {"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True, "freeze_at": 2}
         model = resnet50_fpn(**detectron2)
         # Detectron2's RetinaNet: p3..p7, P6 and P7 from res5
@@ -118,15 +115,14 @@ class ResNetFPN(nn.Module):
         """Computes the pyramid of a batch of images.
 
         Args:
-            image: ``[N, 3, H, W]``, floating point, normalised as the weights want it; any H, W >= 1.
+            image: ``[N, 3, H, W]``, floating point, normalised as the weights require; any H, W >= 1.
 
         Returns:
-            An `OrderedDict` ``p2, p3, ...`` (named for their level, the extra ones counted on), or a tuple of
-            the same maps with ``return_tuple=True``.  ``p_l`` is
-            ``[N, out_channels, ceil(H / 2**l), ceil(W / 2**l)]``.
+            An `OrderedDict` ``p2, p3, ...``, one name per level and extra level, or a tuple of the same maps with
+            ``return_tuple=True``.  ``p_l`` is ``[N, out_channels, ceil(H / 2**l), ceil(W / 2**l)]``.
 
         Raises:
-            TypeError, ValueError: `image` is not such a batch.
+            TypeError, ValueError: `image` has another type, dtype or shape.
         """
         _check_image(image)
         stages = self.body(image)
@@ -155,14 +151,14 @@ def resnet50_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
         **options: those of `ResNetFPN`.
 
     Returns:
-        A `ResNetFPN`, which takes images ``[N, 3, H, W]``; dtypes and layouts are as there.
+        A `ResNetFPN`, which takes images ``[N, 3, H, W]``.
 
     Raises:
         TypeError: an argument of the wrong type, named in the message.
         ValueError: an argument of the wrong value, named in the message.
 
     Cost:
-        That of `ResNetFPN`, in bytes and operations, with 16 blocks.
+        The bytes and operations of a `ResNetFPN` with 16 blocks.
 
     Source:
         Deep Residual Learning, arXiv 1512.03385, table 1.
@@ -178,14 +174,14 @@ def resnet101_fpn(out_channels: int = 256, **options: Any) -> ResNetFPN:
         **options: those of `ResNetFPN`.
 
     Returns:
-        A `ResNetFPN`, which takes images ``[N, 3, H, W]``; dtypes and layouts are as there.
+        A `ResNetFPN`, which takes images ``[N, 3, H, W]``.
 
     Raises:
         TypeError: an argument of the wrong type, named in the message.
         ValueError: an argument of the wrong value, named in the message.
 
     Cost:
-        That of `ResNetFPN`, in bytes and operations, with 33 blocks.
+        The bytes and operations of a `ResNetFPN` with 33 blocks.
 
     Source:
         Deep Residual Learning, arXiv 1512.03385, table 1.
@@ -207,22 +203,14 @@ def _check_options(
         raise ValueError(f"smooth: expected levels out of {tuple(levels)}, got {tuple(smooth)}")
     if isinstance(extra_blocks, str) and extra_blocks != "pool":
         raise ValueError(f"extra_blocks: expected 'pool', an ExtraFPNBlock or None, got {extra_blocks!r}")
-    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
-        raise TypeError(
-            "norm_layer: expected a callable that makes a norm from a number of channels,"
-            f" got {type(norm_layer).__name__}"
-        )
-    for argument, value, low, high in (("freeze_at", freeze_at, 0, 5), ("width", width, 1, None)):
-        if type(value) is not int:
-            raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"{argument}: expected {bounds}, got {value}")
+    check_norm_layer(norm_layer)
+    check_integer("freeze_at", freeze_at, 0, 5)
+    check_integer("width", width)
 
 
 def _check_image(image: Any) -> None:
     if isinstance(image, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return  # nothing is known of it while a graph is traced
+        return  # a trace knows neither type nor shape
     if not isinstance(image, Tensor):
         raise TypeError(f"image: expected a Tensor [N, 3, H, W], got {type(image).__name__}")
     if not image.is_floating_point():

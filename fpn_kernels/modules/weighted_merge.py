@@ -12,26 +12,26 @@ from fpn_kernels.operators import checks
 
 
 class WeightedMerge(nn.Module):
-    """Merges two or three maps with weights of its own.
+    """Merges two or three maps with learned weights.
 
-    The weights, ``weights`` ``[num_inputs]`` in the `state_dict`, start as ones: an average.
+    The parameter ``weights``, ``[num_inputs]``, starts as ones: an average.
 
     Args:
         num_inputs: 2 or 3.
         normalization: ``"relu"`` (fast normalized fusion) or ``"softmax"`` (softmax-based fusion).
         eps: added to the sum of the weights in ``"relu"``.
-        mode: how a map of another size than the first is resized, as in `fpn_kernels.upsample_add`.
+        mode: resize of a map whose size differs from the first one's, as in `fpn_kernels.upsample_add`.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: `num_inputs`, `normalization` or `eps` does not fit.
+        ValueError: `num_inputs`, `normalization`, `eps` or `mode` is out of range.
 
     Shape:
         Maps ``[N, C, h_i, w_i]``, as a list or tuple, to ``[N, C, H, W]``, the size of the first.
 
     Dtypes and layout:
-        As in `fpn_kernels.weighted_merge`: float16, bfloat16, float32 and float64; NHWC where the first map is, else
-        NCHW.  The weights may be of another dtype than the maps.
+        As in `fpn_kernels.weighted_merge`: float16, bfloat16, float32 and float64; NHWC if the first map is, else NCHW.
+        The weights may have another dtype than the maps.
 
     Cost:
         ``(sum_i N C h_i w_i + N C H W) itemsize`` bytes.
@@ -52,7 +52,7 @@ class WeightedMerge(nn.Module):
         self.weights = nn.Parameter(torch.ones(num_inputs))
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The merged map, of the first one's size; see `fpn_kernels.weighted_merge`."""
+        """The merged map, in the size of the first; see `fpn_kernels.weighted_merge`."""
         return weighted_merge(inputs, self.weights, normalization=self.normalization, eps=self.eps, mode=self.mode)
 
     def extra_repr(self) -> str:

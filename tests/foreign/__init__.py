@@ -1,4 +1,4 @@
-"""Small twins of other libraries' pyramids: their class names, keys, options and results, our own code.
+"""Small twins of other libraries' pyramids, with their class names, keys, options and results.
 
-What `fpn_kernels.fuse` is tested on where the libraries themselves are not installed.
+Tests of `fpn_kernels.fuse` run on them where the libraries are not installed.
 """

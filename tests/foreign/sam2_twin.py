@@ -1,4 +1,4 @@
-"""SAM 2: `FpnNeck`, which enlarges in float32 and merges some levels only."""
+"""SAM 2: `FpnNeck`, which enlarges in float32 and merges only some levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The twins under the names of the libraries that they stand in for, where those are not installed."""
+"""Installs the twins under the names of their libraries, if these are not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from foreign import detectron2_twin, effdet_twin, mmdet_twin, sam2_twin, smp_twin, torchvision_twin
 
-# Those of ResNet-50 without its width: the examples' own sizes are the caller's matter.
+# Narrow versions of ResNet-50's.
 CHANNELS, WIDTH = [8, 16, 24, 32], 8
 
 
@@ -36,7 +36,7 @@ def _effdet(config: Any, pretrained_backbone: bool) -> nn.Module:
     return _holding("fpn", cell)
 
 
-# Module to the names in it.
+# Each module, with its names.
 STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
     "torchvision.models.detection": {
         "fasterrcnn_resnet50_fpn": lambda weights, weights_backbone: _holding(
@@ -59,12 +59,12 @@ STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
     "effdet": {"get_efficientdet_config": lambda name: types.SimpleNamespace(fpn_name=""), "EfficientDet": _effdet},
     "fpn": {"FPN101": lambda: kuangliu_fpn101(4)},
 }
-# What is no plain installation (or wants a file beside it) is always the twin.
+# The other libraries require more than an installation, so tests always use their twins.
 _REAL_ONES = ("torchvision", "segmentation_models_pytorch", "effdet")
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `import detectron2` and the like give the twins, until the test ends."""
+    """Make `import detectron2` etc. return the twins until the test ends."""
     made: dict[str, types.ModuleType] = {}
     for path, names in STAND_INS.items():
         parts = path.split(".")

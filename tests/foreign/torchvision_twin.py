@@ -32,6 +32,8 @@ class LastLevelP6P7(nn.Module):
 
 
 class FeaturePyramidNetwork(nn.Module):
+    """torchvision's class, with this library's options `mode` and `fuse_type`."""
+
     _version = 2
 
     def __init__(
@@ -40,14 +42,20 @@ class FeaturePyramidNetwork(nn.Module):
         out_channels: int,
         extra_blocks: nn.Module | None = None,
         norm_layer: Callable[[int], nn.Module] | None = None,
+        *,
+        mode: str = "nearest",
+        fuse_type: str = "sum",
     ) -> None:
         super().__init__()
-        self.inner_blocks = nn.ModuleList(
-            Conv2dNormActivation(cin, out_channels, 1, norm_layer) for cin in in_channels_list
-        )
-        self.layer_blocks = nn.ModuleList(
-            Conv2dNormActivation(out_channels, out_channels, 3, norm_layer) for _ in in_channels_list
-        )
+        self.mode, self.fuse_type = mode, fuse_type
+        self.inner_blocks, self.layer_blocks = nn.ModuleList(), nn.ModuleList()
+        for cin in in_channels_list:
+            self.inner_blocks.append(Conv2dNormActivation(cin, out_channels, 1, norm_layer))
+            self.layer_blocks.append(Conv2dNormActivation(out_channels, out_channels, 3, norm_layer))
+        for conv in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         self.extra_blocks = extra_blocks
 
     def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
@@ -62,7 +70,9 @@ class FeaturePyramidNetwork(nn.Module):
         results = [self.get_result_from_layer_blocks(merged, -1)]
         for level in reversed(range(len(maps) - 1)):
             lateral = self.get_result_from_inner_blocks(maps[level], level)
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:])
+            align = False if self.mode == "bilinear" else None
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode=self.mode, align_corners=align)
+            merged = merged / 2 if self.fuse_type == "avg" else merged
             results.insert(0, self.get_result_from_layer_blocks(merged, level))
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, maps, names)
@@ -70,7 +80,7 @@ class FeaturePyramidNetwork(nn.Module):
 
 
 class BackboneWithFPN(nn.Module):
-    """A strided convolution a level, and the pyramid at `fpn`."""
+    """A strided convolution per level, and the pyramid at `fpn`."""
 
     def __init__(self, channels: list[int], width: int) -> None:
         super().__init__()

@@ -5,13 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from nodes import (
-    NODES,
-    NORMALIZATIONS,
-    UNEVEN,
-    fusion_weights,
-    maps,
-)
+from nodes import NODES, NORMALIZATIONS, UNEVEN, fusion_weights, maps
 from samples import MERGES, Sizes, random_map
 from targets import Target
 
@@ -30,8 +24,8 @@ def test_the_module_starts_as_an_average(count: int, normalization: str, target:
     oracle.within_rounding(result, sum(x.double().cpu() for x in inputs) / count, 10.0)
 
 
-def test_the_module_learns_which_map_matters(target: Target) -> None:
-    """Two maps of which one is the answer: its share goes to one."""
+def test_the_module_learns_the_weights(target: Target) -> None:
+    """One of two maps is the target, so its weight grows to one."""
     torch.manual_seed(3)
     module = fpn_kernels.WeightedMerge(2, mode="bilinear").to(target.device)
     first, other = maps("a top-down node", Sizes(1, 3, (2, 3), (4, 5), "few pixels"), torch.float32, target.device)
@@ -63,10 +57,17 @@ def test_bad_options_of_the_module_are_named() -> None:
     assert repr(fpn_kernels.WeightedMerge(3)) == "WeightedMerge(3, normalization='relu', eps=0.0001, mode='nearest')"
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("node", ["a top-down node", "a bottom-up node", "a coarse map in the middle"])
+# In `make test` the node with a map that is resized and one that is not.
+@pytest.mark.parametrize(
+    "node",
+    [
+        pytest.param("a top-down node", marks=pytest.mark.nightly),
+        pytest.param("a bottom-up node", marks=pytest.mark.nightly),
+        "a coarse map in the middle",
+    ],
+)
 def test_compile_with_symbolic_sizes(node: str, target: Target) -> None:
-    torch._dynamo.reset()  # the limit of recompilations counts over all tests of this function
+    torch._dynamo.reset()  # the recompilation limit counts over all cases of this test
     normalization = "relu" if node == "a bottom-up node" else "softmax"
     module = fpn_kernels.WeightedMerge(1 + len(NODES[node]), normalization).to(target.device)
     compiled = torch.compile(lambda x: module(x).relu(), fullgraph=True, dynamic=True, backend="aot_eager")

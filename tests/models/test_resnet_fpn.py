@@ -14,7 +14,7 @@ from resnet_twins import (
     KUANGLIU_NAMES,
     OUT,
     SINGLE_FILE_NAMES,
-    Detectron2FPN,
+    detectron2_fpn,
     detectron2_names,
     kuangliu_fpn101,
     single_file_fpn,
@@ -79,64 +79,43 @@ def assert_equal_with_gradients(model: ResNetFPN, twin: nn.Module, names: list[t
 # ------------------------------------------------------------------------------------------------ systems
 
 
+_NO_P6: dict[str, Any] = {"mode": "bilinear", "smooth": (2, 3, 4), "extra_blocks": None, "return_tuple": True}
+_DETECTRON2: dict[str, Any] = {"norm_layer": FrozenBatchNorm2d, "stride_in_1x1": True}
+
+
 def test_the_single_file_resnet_fpn() -> None:
-    model = ResNetFPN(**SMALL, mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True)
+    model = ResNetFPN(**SMALL, **_NO_P6)
     assert_equal_with_gradients(model, single_file_fpn([1, 2, 1, 1], 4), SINGLE_FILE_NAMES, (75, 113))
     with torch.no_grad():
         assert served(lambda: model.eval()(torch.randn(1, 3, 75, 113))) == ["lateral_connection"] * 4
 
 
 def test_kuangliu_fpn101() -> None:
-    model = ResNetFPN(
-        (2, 2, 2, 2), OUT, width=4, mode="bilinear", smooth=(2, 3, 4), extra_blocks=None, return_tuple=True
-    )
+    model = ResNetFPN((2, 2, 2, 2), OUT, width=4, **_NO_P6)
     assert_equal_with_gradients(model, kuangliu_fpn101(4), KUANGLIU_NAMES, (60, 90))
 
 
-@pytest.mark.parametrize("norm", [None, group_norm], ids=["plain", "gn"])
-@pytest.mark.parametrize("fuse_type", ["sum", "avg"])
+@pytest.mark.parametrize(("fuse_type", "norm"), [("sum", None), ("avg", group_norm)], ids=["plain", "avg-gn"])
 def test_detectron2(fuse_type: str, norm: Any) -> None:
-    model = ResNetFPN(
-        **SMALL, fuse_type=fuse_type, fpn_norm_layer=norm, norm_layer=FrozenBatchNorm2d, stride_in_1x1=True
-    )
-    twin = Detectron2FPN([1, 2, 1, 1], 4, norm=norm, fuse_type=fuse_type)
+    model = ResNetFPN(**SMALL, **_DETECTRON2, fuse_type=fuse_type, fpn_norm_layer=norm)
+    twin = detectron2_fpn([1, 2, 1, 1], 4, norm=norm, fuse_type=fuse_type)
     assert_equal_with_gradients(model, twin, detectron2_names(2), (64, 96))
 
 
 def test_detectron2_retinanet_takes_p6_and_p7_from_res5() -> None:
-    model = ResNetFPN(
-        **SMALL,
-        levels=(3, 4, 5),
-        extra_blocks=LastLevelP6P7(128, OUT),
-        norm_layer=FrozenBatchNorm2d,
-        stride_in_1x1=True,
-    )
-    twin = Detectron2FPN([1, 2, 1, 1], 4, retina=True)
+    model = ResNetFPN(**SMALL, **_DETECTRON2, levels=(3, 4, 5), extra_blocks=LastLevelP6P7(128, OUT))
+    twin = detectron2_fpn([1, 2, 1, 1], 4, retina=True)
     assert_equal_with_gradients(model, twin, detectron2_names(3), (64, 96))
 
 
-def test_stride_sits_where_it_is_told() -> None:
-    def strides(model: ResNetFPN) -> tuple[Any, Any]:
-        return model.body.layer3[0].conv1.stride, model.body.layer3[0].conv2.stride
-
-    assert strides(ResNetFPN(**SMALL)) == ((1, 1), (2, 2))
-    assert strides(ResNetFPN(**SMALL, stride_in_1x1=True)) == ((2, 2), (1, 1))
-
-
-# --------------------------------------------------------------------------------------------- the real ones
+# ----------------------------------------------------------------------------------------- published sizes and weights
 
 
 def test_resnet50_map_sizes_of_a_600_by_900_image() -> None:
-    model = resnet50_fpn().eval()
-    with torch.no_grad():
-        maps = model(torch.randn(1, 3, 600, 900))
-    assert {name: tuple(p.shape) for name, p in maps.items()} == {
-        "p2": (1, 256, 150, 225),
-        "p3": (1, 256, 75, 113),
-        "p4": (1, 256, 38, 57),
-        "p5": (1, 256, 19, 29),
-        "p6": (1, 256, 10, 15),
-    }
+    with torch.device("meta"), torch.no_grad():
+        maps = resnet50_fpn().eval()(torch.randn(1, 3, 600, 900))
+    sizes = {"p2": (150, 225), "p3": (75, 113), "p4": (38, 57), "p5": (19, 29), "p6": (10, 15)}
+    assert {name: tuple(p.shape) for name, p in maps.items()} == {n: (1, 256, *size) for n, size in sizes.items()}
 
 
 def torchvision_resnet_keys(layers: tuple[int, ...]) -> list[str]:
@@ -230,39 +209,32 @@ def test_freeze_at() -> None:
     assert not any(m.training for m in model.modules())
 
 
-def test_channels_last_images() -> None:
-    model = ResNetFPN(**SMALL).eval()
+def test_channels_last_images_copies_and_autocast() -> None:
+    model = ResNetFPN(**SMALL, mode="bilinear").eval()
     settle(model)
     x = torch.randn(2, 3, 47, 61)
     with torch.no_grad():
         expected = model(x)
+        assert_pyramid(copy.deepcopy(model)(x).values(), expected.values())
+        assert_pyramid(pickle.loads(pickle.dumps(model))(x).values(), expected.values())
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = model(x)
+        for name, p in actual.items():
+            assert p.dtype == torch.bfloat16 and error(p, expected[name].double()) < 0.1
         actual = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     assert_pyramid(actual.values(), expected.values())
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in actual.values())
 
 
-def test_compile_export_copies() -> None:
-    model = ResNetFPN(**SMALL, mode="bilinear").eval()
+@pytest.mark.nightly  # the pyramid, the part with operators of this library, is compiled in `make test`
+def test_compile_and_export() -> None:
+    model = ResNetFPN((1, 1, 1, 1), OUT, width=4, mode="bilinear").eval()
     settle(model)
     x = torch.randn(1, 3, 47, 61)
     with torch.no_grad():
         expected = model(x).values()
         assert_pyramid(torch.compile(model, fullgraph=True, backend="aot_eager")(x).values(), expected)
         assert_pyramid(torch.export.export(model, (x,)).module()(x).values(), expected)
-        assert_pyramid(copy.deepcopy(model)(x).values(), expected)
-        assert_pyramid(pickle.loads(pickle.dumps(model))(x).values(), expected)
-
-
-def test_autocast() -> None:
-    model = ResNetFPN(**SMALL).eval()
-    settle(model)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = model(x)
-    for name, p in actual.items():
-        assert p.dtype == torch.bfloat16 and error(p, expected[name].double()) < 0.1
 
 
 @pytest.mark.parametrize(

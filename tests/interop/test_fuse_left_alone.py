@@ -1,4 +1,4 @@
-"""What `fuse` leaves alone and why, and what its report, its log, its verification and its errors say."""
+"""Pyramids that `fuse` leaves alone; its report, log, errors and verification."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def _fork(forward: Callable[..., Any]) -> nn.Module:
             "OwnMethod has a get_result_from_inner_blocks of its own, which the forward of FeaturePyramidNetwork calls",
         ),
         (_patched, "a forward of its own was put on the instance"),
-        (lambda: _decorated(), "the forward of FeaturePyramidNetwork was decorated or replaced"),
+        (_decorated, "the forward of FeaturePyramidNetwork was decorated or replaced"),
         (lambda: _fork(lambda self, x: list(x.values())), r"computes something else .* \(the output is"),
         (lambda: _fork(lambda self, x, masks: x), "could not be tried on a random input: TypeError"),
         (lambda: _fork(lambda self, x: {k: m.double() for k, m in x.items()}), "computes something else"),
     ],
     ids=["subclass", "method", "patched", "decorated", "fork", "fork-arguments", "fork-dtype"],
 )
-def test_what_computes_something_else_is_left(make: Callable[[], nn.Module], reason: str) -> None:
+def test_another_computation_is_left(make: Callable[[], nn.Module], reason: str) -> None:
     model = nn.ModuleDict({"left": make(), "fused": network_of()})
     cls = type(model["left"])
     _, report = fpn_kernels.fuse(model, report=True)
@@ -90,34 +90,24 @@ def test_a_subclass_that_changes_nothing_is_fused() -> None:
     assert is_fused(network) and isinstance(network, OwnName)
 
 
-def test_a_network_with_the_right_names_and_another_resize_is_left() -> None:
+def _other_resize() -> nn.Module:
     network = kuangliu_fpn101(4)
     network._upsample_add = lambda top, lateral: (
         lateral + nn.functional.interpolate(top, lateral.shape[2:], mode="bilinear", align_corners=True)
     )
-    with pytest.raises(
-        ValueError, match=r"the model itself \(single-file FPN.*a _upsample_add of its own was put on the i"
-    ):
-        fpn_kernels.fuse(network)
+    return network
 
 
-class OtherResize(NamedLayersFPN):
+class OtherResults(NamedLayersFPN):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         *finer, p5 = super().forward(x)
         return (*finer, 2 * p5)
 
 
-def test_a_network_with_the_right_names_and_other_results_is_left() -> None:
+def _other_results() -> nn.Module:
     network = kuangliu_fpn101(4)
-    network.__class__ = OtherResize
-    with pytest.raises(ValueError, match=r"the model itself \(single-file FPN.*computes something else"):
-        fpn_kernels.fuse(network)
-
-
-def test_scripted_pyramids_are_left() -> None:
-    scripted = torch.jit.script(_Scriptable())
-    with pytest.raises(ValueError, match="was compiled by torch.jit.script"):
-        fpn_kernels.fuse(nn.Sequential(scripted))
+    network.__class__ = OtherResults
+    return network
 
 
 class _Scriptable(nn.Module):
@@ -128,7 +118,22 @@ class _Scriptable(nn.Module):
 _Scriptable.__name__ = "FpnNeck"
 
 
-def test_the_librarys_own_is_served_already() -> None:
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_other_resize, r"the model itself \(single-file FPN.*a _upsample_add of its own was put on the instance"),
+        (_other_results, r"the model itself \(single-file FPN.*computes something else"),
+        (lambda: torch.jit.script(_Scriptable()), "was compiled by torch.jit.script"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1)), r"no feature pyramid to fuse in Sequential \(known: torchvision"),
+    ],
+    ids=["resize", "results", "scripted", "none"],
+)
+def test_a_model_without_a_known_pyramid_is_an_error(make: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        fpn_kernels.fuse(make())
+
+
+def test_the_librarys_own_computes_by_fused_calls_already() -> None:
     own = fpn_kernels.FeaturePyramidNetwork(CHANNELS, WIDTH)
     _, report = fpn_kernels.fuse(own, report=True)
     assert report.left == {"": "computes by the fused calls already"} and not is_fused(own)
@@ -148,9 +153,7 @@ def test_no_module(function: Callable[[Any], Any]) -> None:
         function({})
 
 
-def test_nothing_to_fuse() -> None:
-    with pytest.raises(ValueError, match=r"model: no feature pyramid to fuse in Sequential \(known: torchvision"):
-        fpn_kernels.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
+def test_unfusing_a_model_without_pyramids_does_nothing() -> None:
     assert isinstance(fpn_kernels.unfuse(nn.Identity()), nn.Identity)
 
 
@@ -167,7 +170,7 @@ def test_a_class_derived_since_is_not_taken_apart() -> None:
 # --------------------------------------------------------------------------------- report, log and verification
 
 
-def test_the_log_and_the_report_say_what_was_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_and_the_report(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict({"neck": network_of(), "odd": network_of(OwnForward)})
     with caplog.at_level(logging.INFO, logger="fpn_kernels"):
         _, report = fpn_kernels.fuse(model, report=True)
@@ -180,7 +183,7 @@ def test_the_log_and_the_report_say_what_was_done(caplog: pytest.LogCaptureFixtu
 
 
 class OtherWhenLarge(FeaturePyramidNetwork):
-    """A fork: what the small trial does not show and the example does."""
+    """A fork whose difference only the example shows, not the small trial."""
 
     def forward(self, x: Any) -> Any:
         results = super().forward(x)
@@ -203,37 +206,34 @@ def test_verify_names_the_level_and_the_error_and_restores(training: bool) -> No
     assert not any(m._forward_hooks for m in model.modules())
 
 
-class Detached(nn.Module):
-    """A hook that lets no gradient pass in training."""
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        return OrderedDict(
-            (name, p.detach() if module.training and is_fused(module) else p) for name, p in output.items()
-        )
+def _detach(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A hook that stops the gradient in training."""
+    stops = module.training and is_fused(module)
+    return OrderedDict((name, p.detach() if stops else p) for name, p in output.items())
 
 
-def test_verify_compares_training_too() -> None:
+def _move_a_mean(module: nn.Module, inputs: Any) -> None:
+    if module.training and is_fused(module):
+        module.inner_blocks[0][1].running_mean.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook", "message"),
+    [
+        ("forward", _detach, "training step 0: the gradient of .* is missing"),
+        ("forward_pre", _move_a_mean, r"training step 0: buffer\['inner_blocks.0.1.running_mean'\]: relative"),
+    ],
+    ids=["gradient", "buffer"],
+)
+def test_verify_compares_training_too(kind: str, hook: Any, message: str) -> None:
     network = network_of(norm=nn.BatchNorm2d).train()
-    network.register_forward_hook(Detached())
+    getattr(network, f"register_{kind}_hook")(hook)
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(RuntimeError, match="verify: the model itself: training step 0: the gradient of .* is missing"):
+    with pytest.raises(RuntimeError, match=f"verify: the model itself: {message}"):
         fpn_kernels.fuse(network, verify=maps())
     assert type(network) is FeaturePyramidNetwork and network.training
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
-
-
-class MovesWhenFused(nn.Module):
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        if module.training and is_fused(module):
-            module.inner_blocks[0][1].running_mean.add_(1.0)
-
-
-def test_verify_names_the_buffer_that_differs() -> None:
-    network = network_of(norm=nn.BatchNorm2d)
-    network.register_forward_pre_hook(MovesWhenFused())
-    with pytest.raises(RuntimeError, match=r"step 0: buffer\['inner_blocks.0.1.running_mean'\]: relative"):
-        fpn_kernels.fuse(network, verify=maps())
 
 
 def test_verify_says_where_training_cannot_be_compared(caplog: pytest.LogCaptureFixture) -> None:
@@ -248,7 +248,7 @@ def test_verify_says_where_training_cannot_be_compared(caplog: pytest.LogCapture
     assert "training was not compared, RuntimeError: not here" in caplog.text
 
 
-def test_verify_wants_an_example_that_reaches_the_pyramid() -> None:
+def test_verify_requires_an_example_that_reaches_the_pyramid() -> None:
     model = nn.ModuleDict({"used": network_of(), "unused": network_of()})
     model.forward = lambda x: model["used"](x)
     with pytest.raises(RuntimeError, match="verify: unused: the example does not reach it"):
@@ -258,12 +258,12 @@ def test_verify_wants_an_example_that_reaches_the_pyramid() -> None:
 
 def test_an_example_that_fails_changes_nothing() -> None:
     network = network_of()
-    with pytest.raises(RuntimeError, match="sparse"):  # what the model itself says of it
+    with pytest.raises(RuntimeError, match="sparse"):  # the model's own error
         fpn_kernels.fuse(network, verify=torch.zeros(1))
     assert type(network) is FeaturePyramidNetwork and not network._forward_hooks
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_verify_allows_for_the_dtype(dtype: torch.dtype) -> None:
     network = network_of(norm=nn.BatchNorm2d).to(dtype)
     x = OrderedDict((n, torch.randn(2, c, *s).to(dtype)) for n, c, s in zip(NAMES, CHANNELS, SIZES, strict=True))

@@ -1,4 +1,4 @@
-"""`assign_levels` against each convention written as its detector writes it, and at the boundary areas."""
+"""`assign_levels` against the formula of each detector, and at the boundary areas."""
 
 from __future__ import annotations
 
@@ -13,23 +13,12 @@ def _square(side: float) -> torch.Tensor:
     return torch.tensor([[3.0, 5.0, 3.0 + side, 5.0 + side]])
 
 
-def _torchvision(boxes: torch.Tensor, k_min: int = 2, k_max: int = 5, s0: int = 224, lvl0: int = 4) -> torch.Tensor:
-    s = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    target = torch.floor(lvl0 + torch.log2(s / s0) + torch.tensor(1e-6, dtype=s.dtype))
-    return torch.clamp(target, min=k_min, max=k_max).to(torch.int64)
-
-
-def _detectron2(boxes: torch.Tensor) -> torch.Tensor:
-    s = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    return torch.clamp(torch.floor(4 + torch.log2(s / 224 + 1e-8)), min=2, max=5).to(torch.int64)
-
-
-def _mmdetection(boxes: torch.Tensor) -> torch.Tensor:
-    s = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-    return torch.floor(torch.log2(s / 56 + 1e-6)).clamp(min=0, max=3).long() + 2
-
-
-TWINS = {"torchvision": _torchvision, "detectron2": _detectron2, "mmdetection": _mmdetection}
+# Of the square root of the area, as each detector writes it.
+FORMULAS = {
+    "torchvision": lambda s: torch.floor(4 + torch.log2(s / 224) + torch.tensor(1e-6, dtype=s.dtype)),
+    "detectron2": lambda s: torch.floor(4 + torch.log2(s / 224 + 1e-8)),
+    "mmdetection": lambda s: torch.floor(torch.log2(s / 56 + 1e-6)) + 2,
+}
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -37,7 +26,8 @@ def test_equals_the_detectors_own_formula(convention: str) -> None:
     corners = torch.rand(10_000, 2) * 500
     boxes = torch.cat([corners, corners + torch.rand(10_000, 2) * 900 + 1e-3], dim=1)
     levels = fpn_kernels.assign_levels(boxes, convention=convention)
-    assert torch.equal(levels, TWINS[convention](boxes))
+    s = torch.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    assert torch.equal(levels, FORMULAS[convention](s).clamp(2, 5).long())
     assert set(levels.tolist()) == {2, 3, 4, 5}
 
 
@@ -53,8 +43,8 @@ def test_a_boundary_area_belongs_to_the_coarser_level(side: int, level: int, con
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64], ids=str)
-def test_the_arithmetic_is_float32_whatever_the_dtype(dtype: torch.dtype) -> None:
-    """A 512-pixel box has an area beyond float16, and 2**-6 beyond bfloat16's digits."""
+def test_the_arithmetic_is_float32_for_every_dtype(dtype: torch.dtype) -> None:
+    """The area of a 512-pixel box overflows float16, and bfloat16 has too few digits."""
     boxes = torch.tensor([[0, 0, 512, 512], [0, 0, 224, 224], [8, 8, 120, 120]], dtype=dtype)
     levels = fpn_kernels.assign_levels(boxes)
     assert levels.tolist() == [5, 4, 3]
