@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fpn_kernels
-from fpn_kernels.backends.selection import record_calls
+from fpn_kernels.operators.dispatch import record_calls
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LEVELS = ("p2", "p3", "p4", "p5")

@@ -33,7 +33,7 @@ from proposals import ProposalNetwork, iou, make_anchors, proposal_loss, propose
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fpn_kernels.backends.selection import record_calls
+from fpn_kernels.operators.dispatch import record_calls
 
 POINTS = (5, 10, 20, 50, 100, 200, 500, 1000)  # steps whose difference from eager is printed
 HELD_OUT = 10**6  # the first scene that no training run reaches

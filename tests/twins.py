@@ -10,8 +10,8 @@ import torch
 from foreign.torchvision_twin import FeaturePyramidNetwork as Twin
 from torch import Tensor, nn
 
-from fpn_kernels.backends.selection import record_calls
 from fpn_kernels.modules import FeaturePyramidNetwork
+from fpn_kernels.operators.dispatch import record_calls
 
 CHANNELS = [8, 12, 16, 20]
 WIDTH = 12

@@ -8,11 +8,11 @@ import oracle
 import pytest
 import torch
 from levels import LEVELS, here, limit, limited
+from native_calls import by_native
 from samples import MERGES, Sizes, random_map
 
 import fpn_kernels
-from fpn_kernels import reference, resampling
-from fpn_kernels.backends import native
+from fpn_kernels import native, reference, resampling
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
@@ -53,10 +53,10 @@ def test_vector_and_scalar_paths_agree_bit_for_bit(
         _on_every_isa(
             levels,
             lambda top=top, lateral=lateral, own=own, sizes=sizes: (  # type: ignore[misc]
-                native.upsample_add(top, lateral, mode, 0.7),
-                native.upsample_add_backward(lateral, sizes.top, mode, 0.7),
-                *native.merge_backward(lateral, sizes.top, None, mode, 0.7),
-                *native.merge_backward(lateral, sizes.top, own, mode, 0.7),
+                by_native("upsample_add", top, lateral, mode, 0.7),
+                by_native("upsample_add_backward", lateral, sizes.top, mode, 0.7),
+                *by_native("merge_backward", lateral, sizes.top, None, mode, 0.7),
+                *by_native("merge_backward", lateral, sizes.top, own, mode, 0.7),
             ),
         )
 
@@ -72,11 +72,11 @@ def test_weighted_merges_agree_bit_for_bit(mode: str, dtype: torch.dtype, layout
         _on_every_isa(
             levels,
             lambda x=x, top=top, y=y: (  # type: ignore[misc]
-                native.weighted_merge(x, top, None, factors[:2], mode),
-                native.weighted_merge(x, y, None, factors[1:], mode),
-                native.weighted_merge(x, y, top, factors, mode),
-                native.weighted_merge(x, top, top, factors, mode),
-                *native.weighted_merge_backward(x, y, factors[2]),
+                by_native("weighted_merge", x, top, None, factors[:2], mode),
+                by_native("weighted_merge", x, y, None, factors[1:], mode),
+                by_native("weighted_merge", x, y, top, factors, mode),
+                by_native("weighted_merge", x, top, top, factors, mode),
+                *by_native("weighted_merge_backward", x, y, factors[2]),
             ),
         )
 
@@ -90,7 +90,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_in_eager(dtype: torch.dtype,
         expected = reference.upsample_add(top, every)
         for level in levels:
             limit(level)
-            result = native.upsample_add(top, every, "nearest", 1.0)
+            result = by_native("upsample_add", top, every, "nearest", 1.0)
             torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -106,8 +106,12 @@ def test_a_result_written_past_the_caches(mode: str, dtype: torch.dtype, layout:
 
     def results(channels: int) -> tuple[torch.Tensor, ...]:
         x, coarse = lateral[:, :channels], top[:, :channels]
-        grad_input, _ = native.weighted_merge_backward(x, x, factors[0])
-        return native.upsample_add(coarse, x, mode, 1.0), native.weighted_merge(x, coarse, x, factors, mode), grad_input
+        grad_input, _ = by_native("weighted_merge_backward", x, x, factors[0])
+        return (
+            by_native("upsample_add", coarse, x, mode, 1.0),
+            by_native("weighted_merge", x, coarse, x, factors, mode),
+            grad_input,
+        )
 
     small = results(16)
     for level in levels:
@@ -123,9 +127,9 @@ def test_a_result_written_past_the_caches(mode: str, dtype: torch.dtype, layout:
 def test_an_infinite_gradient_stays_with_its_pixel(mode: str) -> None:
     grad = torch.ones(1, 2, 6, 10).contiguous(memory_format=torch.channels_last)
     grad[0, 0, 0, 0] = float("inf")
-    grad_top = native.upsample_add_backward(grad, (3, 40), "nearest", 1.0)  # the resize shrank along one axis
+    grad_top = by_native("upsample_add_backward", grad, (3, 40), "nearest", 1.0)  # the resize shrank along one axis
     assert torch.isinf(grad_top[0, 0]).sum() == 1 and not torch.isnan(grad_top).any()
-    grad_top = native.upsample_add_backward(grad.contiguous(), (3, 40), "nearest", 1.0)
+    grad_top = by_native("upsample_add_backward", grad.contiguous(), (3, 40), "nearest", 1.0)
     assert torch.isinf(grad_top[0, 0]).sum() == 1 and not torch.isnan(grad_top).any()
 
 
@@ -141,11 +145,11 @@ def test_the_number_of_threads_does_not_show(mode: str, layout: str) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             with fpn_kernels.use_backend("native"):
-                merged = native.upsample_add(top, grad, mode, 1.0)
+                merged = by_native("upsample_add", top, grad, mode, 1.0)
                 connected = fpn_kernels.lateral_connection(feature, weight, None, top, mode=mode)
-            weighted = native.weighted_merge(grad, top, grad, torch.tensor([0.3, 0.5, 0.2]), mode)
-            gathered = native.merge_backward(grad, (38, 57), None, mode, 1.0)
-            products = native.weighted_merge_backward(grad, merged, torch.tensor(0.3))
+            weighted = by_native("weighted_merge", grad, top, grad, torch.tensor([0.3, 0.5, 0.2]), mode)
+            gathered = by_native("merge_backward", grad, (38, 57), None, mode, 1.0)
+            products = by_native("weighted_merge_backward", grad, merged, torch.tensor(0.3))
             results.append((*gathered, *products, merged, weighted, connected))
     finally:
         torch.set_num_threads(before)
@@ -175,7 +179,7 @@ def test_both_matrix_products(
     exact = oracle.lateral_connection(*arguments, gain=gain)
     for level in (levels[0], *levels[2:]):
         limit(level)
-        result = native.lateral_connection(*arguments, "nearest", gain, memory_format)
+        result = by_native("lateral_connection", *arguments, "nearest", gain, memory_format)
         assert result.is_contiguous(memory_format=memory_format)
         # 16 bits through PyTorch's product are rounded twice.
         assert oracle.error(result, exact) <= {torch.float32: 8, torch.float64: 32}.get(dtype, 2) * oracle.rounding(
@@ -197,11 +201,11 @@ def test_a_contiguous_column_may_have_any_stride_along_its_rows(operator: str) -
     assert column.is_contiguous() and column.stride(3) == 9 and plain.stride(3) == 1
     factors = torch.tensor([0.3, 0.5])
     if operator == "weighted_merge":
-        result = native.weighted_merge(column, column, None, factors, "nearest")
-        assert torch.equal(result, native.weighted_merge(plain, plain, None, factors, "nearest"))
+        result = by_native("weighted_merge", column, column, None, factors, "nearest")
+        assert torch.equal(result, by_native("weighted_merge", plain, plain, None, factors, "nearest"))
     else:
-        result, product = native.weighted_merge_backward(column, column, factors[0])
-        expected, same = native.weighted_merge_backward(plain, plain, factors[0])
+        result, product = by_native("weighted_merge_backward", column, column, factors[0])
+        expected, same = by_native("weighted_merge_backward", plain, plain, factors[0])
         assert torch.equal(result, expected) and torch.equal(product, same)
 
 
@@ -213,5 +217,5 @@ def test_subnormals_are_flushed_everywhere_or_nowhere(memory_format: torch.memor
     top = torch.full((1, 21, 3, 11), tiny, dtype=torch.bfloat16).contiguous(memory_format=memory_format)
     for level in levels:
         limit(level)
-        result = native.lateral_connection(feature, torch.ones(21, 8).bfloat16(), None, top, "nearest", 1.0, None)
+        result = by_native("lateral_connection", feature, torch.ones(21, 8).bfloat16(), None, top, "nearest", 1.0, None)
         assert len(result.unique()) == 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpn_kernels.backends import native
+from fpn_kernels import native
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
@@ -276,7 +276,7 @@ def test_a_bias_whose_numbers_are_apart_is_refused(make: Callable[[Tensor], Tens
 def test_an_upstream_gradient_with_other_strides_is_refused() -> None:
     arguments = _arguments("merge_backward", torch.float32)
     for wrong in (arguments["own"].contiguous(memory_format=torch.channels_last), arguments["own"].mT.contiguous().mT):
-        _refused("merge_backward", {**arguments, "own": wrong}, "own", "own: expected the strides of grad_top")
+        _refused("merge_backward", {**arguments, "own": wrong}, "own", "upstream: expected the strides of grad_top")
 
 
 @pytest.mark.parametrize("operator", ["upsample_add", "weighted_merge", "merge_backward", "upsample_add_backward"])

@@ -15,7 +15,8 @@ from samples import LAYOUTS, random_map
 from torch import Tensor
 
 import fpn_kernels
-from fpn_kernels.backends import convolution, native
+from fpn_kernels import native
+from fpn_kernels.operators import aten
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
@@ -73,7 +74,7 @@ def whole_numbers(shape: tuple[int, ...], layout: str, dtype: torch.dtype = DTYP
 
 
 def exact(grad: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the oracle's convolution, in float64."""
+    """The gradients of the oracle's aten, in float64."""
     leaves = [
         torch.zeros(grad.shape[1], feature.shape[1], 3, 3, dtype=torch.float64, requires_grad=True),
         torch.zeros(grad.shape[1], dtype=torch.float64, requires_grad=True),
@@ -119,7 +120,7 @@ def test_error_against_float64(case: Case, layouts: tuple[str, str]) -> None:
     grad = random_map((case.batch, case.cout, *case.size), DTYPE, layout=layouts[0])
     feature = random_map((case.batch, case.cin, *case.size), DTYPE, layout=layouts[1])
     served, of_weight, of_bias = called(grad, feature)
-    _, *eager = convolution.gradients(grad, feature, None, True)
+    _, *eager = aten.gradients(grad, feature, None, True)
     assert served
     for ours, theirs, true in zip((of_weight, of_bias.to(DTYPE)), eager, exact(grad, feature), strict=True):
         assert oracle.no_worse_than_eager(ours, theirs, true)
@@ -170,7 +171,7 @@ def test_what_is_not_finite_shows_where_eager_has_it(spoilt: int, value: float, 
         assert not called(maps[0], maps[1])[0]
         with fpn_kernels.use_backend("native"):
             ours = torch.ops.fpn_kernels.output_conv_backward_weight(*maps)
-        _, *eager = convolution.gradients(maps[0], maps[1], None, True)
+        _, *eager = aten.gradients(maps[0], maps[1], None, True)
         assert not eager[0].isfinite().all() and eager[0].isfinite().any()
         for result, theirs in zip(ours, eager, strict=True):
             torch.testing.assert_close(result, theirs, rtol=0, atol=0, equal_nan=True)
@@ -240,14 +241,14 @@ def test_it_needs_amx(monkeypatch: pytest.MonkeyPatch) -> None:
         with fpn_kernels.use_backend("native"):
             ours = torch.ops.fpn_kernels.output_conv_backward_weight(grad, feature)
     assert not served and of_weight.isnan().all() and of_bias.isnan().all()
-    _, *eager = convolution.gradients(grad, feature, None, True)
+    _, *eager = aten.gradients(grad, feature, None, True)
     assert all(map(torch.equal, ours, eager))
 
 
 @pytest.mark.usefixtures("amx")
 def test_the_backward_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(convolution, "gradient_of_weight")
-    monkeypatch.delattr(convolution, "gradients")
+    monkeypatch.delattr(aten, "gradient_of_weight")
+    monkeypatch.delattr(aten, "gradients")
     grad, feature = (random_map((1, 32, 48, 50), DTYPE, layout="nhwc") for _ in range(2))
     inputs = [feature, random_map((32, 32, 3, 3), DTYPE), grad[0, :, 0, 0].clone()]
     inputs = [tensor.requires_grad_() for tensor in inputs]

@@ -14,7 +14,8 @@ from test_native_backward_weight_amx import Case, called, exact, whole_numbers
 from torch import Tensor
 
 import fpn_kernels
-from fpn_kernels.backends import convolution, native
+from fpn_kernels import native
+from fpn_kernels.operators import aten
 
 pytestmark = pytest.mark.skipif(
     native.load_error() is not None or max(here()) < AVX2, reason="no compiled library, or no AVX2 here"
@@ -67,7 +68,7 @@ def test_whole_numbers_bit_for_bit(case: Case, dtype: torch.dtype, layout: str, 
 def test_error_against_float64(case: Case, dtype: torch.dtype) -> None:
     grad, feature = _maps(case, dtype)
     served, of_weight, of_bias = called(grad, feature)
-    _, *eager = convolution.gradients(grad, feature, None, True)
+    _, *eager = aten.gradients(grad, feature, None, True)
     assert served
     for ours, theirs, true in zip((of_weight, of_bias.to(dtype)), eager, exact(grad, feature), strict=True):
         assert oracle.no_worse_than_eager(ours, theirs, true)
@@ -97,7 +98,7 @@ def test_what_is_not_finite_shows_where_eager_has_it(spoilt: int, value: float, 
     assert not called(maps[0], maps[1])[0]
     with fpn_kernels.use_backend("native"):
         ours = torch.ops.fpn_kernels.output_conv_backward_weight(*maps)
-    _, *eager = convolution.gradients(maps[0], maps[1], None, True)
+    _, *eager = aten.gradients(maps[0], maps[1], None, True)
     for result, theirs in zip(ours, eager, strict=True):
         finite = theirs.isfinite()
         assert torch.equal(finite, result.isfinite())
@@ -119,7 +120,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 def test_the_operator_takes_it_from_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.delattr(convolution, "gradient_of_weight")
+    monkeypatch.delattr(aten, "gradient_of_weight")
     grad, feature = _maps(CASES[1], torch.float32)
     served, of_weight, of_bias = called(grad, feature)
     assert served

@@ -8,11 +8,11 @@ import oracle
 import pytest
 import torch
 from levels import AMX, AVX512, here, limited
+from native_calls import by_native
 from samples import LAYOUTS, random_map
 from torch import Tensor
 
-from fpn_kernels import reference, resampling
-from fpn_kernels.backends import native
+from fpn_kernels import native, reference, resampling
 
 pytestmark = pytest.mark.skipif(
     native.load_error() is not None or max(here()) < AMX, reason="no compiled library, or no AMX here"
@@ -122,7 +122,7 @@ def test_a_top_in_nchw_is_left_to_the_caller() -> None:
     operator = torch.ops.fpn_kernels_native.lateral_connection
     assert not operator(feature, weight, bias.float(), top.contiguous(), 0, 1.0, out)
     assert out.isnan().all()
-    whole = native.lateral_connection(feature, weight, bias, top.contiguous(), "nearest", 1.0, None)
+    whole = by_native("lateral_connection", feature, weight, bias, top.contiguous(), "nearest", 1.0, None)
     assert torch.equal(whole, _merged(feature, weight, bias, top, "nearest", 1.0, "nhwc")[0])
 
 

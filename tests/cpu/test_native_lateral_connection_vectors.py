@@ -9,11 +9,11 @@ import oracle
 import pytest
 import torch
 from levels import AVX2, AVX512, LEVELS, PORTABLE, here, limit, limited
+from native_calls import by_native
 from samples import random_map
 from torch import Tensor
 
-from fpn_kernels import reference, resampling
-from fpn_kernels.backends import native
+from fpn_kernels import native, reference, resampling
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
@@ -156,7 +156,7 @@ def test_what_is_declined_is_computed_another_way(dtype: torch.dtype) -> None:
     exact = oracle.lateral_connection(feature, weight, bias, top, gain=0.5)
     eager = reference.lateral_connection(feature, weight[:, :, None, None], bias, top, gain=0.5)
     for coarse, memory_format in ((top, torch.contiguous_format), (top.contiguous(), torch.channels_last)):
-        result = native.lateral_connection(feature, weight, bias, coarse, "nearest", 0.5, memory_format)
+        result = by_native("lateral_connection", feature, weight, bias, coarse, "nearest", 0.5, memory_format)
         assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
         assert oracle.no_worse_than_eager(result, eager, exact)
 

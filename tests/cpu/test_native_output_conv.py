@@ -15,7 +15,7 @@ from levels import AMX, AVX2, AVX512, LEVELS, PORTABLE, here, limited
 from samples import LAYOUTS, random_map
 from torch import Tensor
 
-from fpn_kernels.backends import native
+from fpn_kernels import native
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 

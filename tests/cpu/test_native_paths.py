@@ -9,7 +9,8 @@ import pytest
 import torch
 from levels import AMX, AVX2, AVX512, LEVELS, PORTABLE, here, limited
 
-from fpn_kernels.backends import convolution, native
+from fpn_kernels import native
+from fpn_kernels.operators import aten
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
@@ -113,7 +114,7 @@ def test_bfloat16_by_the_best_instructions() -> None:
 
 
 def test_short_sums_of_bfloat16_without_a_top_are_left_to_onednn() -> None:
-    by_onednn = convolution.onednn_multiplies(BFLOAT16)
+    by_onednn = aten.onednn_multiplies(BFLOAT16)
     assert (_lateral(BFLOAT16, 1024, nhwc=True, top=False) == "convolution") == by_onednn
     assert _lateral(BFLOAT16, 1025, nhwc=True, top=False) != "convolution"
     assert _lateral(BFLOAT16, 1024, nhwc=True) != "convolution"

@@ -9,7 +9,7 @@ import torch
 from levels import LEVELS, here, limit, limited
 from samples import LAYOUTS, random_map
 
-from fpn_kernels.backends import native
+from fpn_kernels import native
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 

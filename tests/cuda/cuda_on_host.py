@@ -15,7 +15,7 @@ from building import ROOT, setup_module
 from torch import Tensor
 
 from fpn_kernels import resampling
-from fpn_kernels.backends.layouts import allocate, result_format
+from fpn_kernels.operators.layouts import allocate, result_format
 
 SOURCE = pathlib.Path(__file__).with_name("cuda_on_host.cpp")
 

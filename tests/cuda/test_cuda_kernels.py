@@ -12,10 +12,10 @@ import cuda_on_host
 import pytest
 import torch
 from building import setup_module
+from native_calls import by_native
 from samples import LAYOUTS, MERGES, Sizes, random_map
 
-from fpn_kernels import resampling
-from fpn_kernels.backends import native
+from fpn_kernels import native, resampling
 
 pytestmark = [
     pytest.mark.skipif(setup_module().compiler() is None, reason="there is no C++ compiler"),
@@ -35,9 +35,9 @@ def test_the_same_bits_as_on_the_cpu(mode: str, dtype: torch.dtype, layout: str)
         top = random_map((sizes.batch, sizes.channels, *sizes.top), dtype, layout=layout)
         lateral = random_map((sizes.batch, sizes.channels, *sizes.fine), dtype, layout=layout)
         merged, _ = cuda_on_host.upsample_add(top, lateral, mode, 0.7)
-        assert torch.equal(merged, native.upsample_add(top, lateral, mode, 0.7)), sizes
+        assert torch.equal(merged, by_native("upsample_add", top, lateral, mode, 0.7)), sizes
         grad_top, _ = cuda_on_host.upsample_add_backward(lateral, sizes.top, mode, 0.7)
-        assert torch.equal(grad_top, native.upsample_add_backward(lateral, sizes.top, mode, 0.7)), sizes
+        assert torch.equal(grad_top, by_native("upsample_add_backward", lateral, sizes.top, mode, 0.7)), sizes
 
 
 # sizes, layout, mode -> paths of the forward and of the backward
@@ -79,7 +79,7 @@ def test_a_window_of_a_larger_map_keeps_whole_accesses() -> None:
     for lateral in (whole[:, 8:24, 1:13, 3:35], rows[:, 8:24, 1:13, 8:40]):
         source = top if lateral.stride(1) == 1 else top.contiguous()
         assert torch.equal(
-            cuda_on_host.upsample_add(source, lateral)[0], native.upsample_add(source, lateral, "nearest", 1.0)
+            cuda_on_host.upsample_add(source, lateral)[0], by_native("upsample_add", source, lateral, "nearest", 1.0)
         )
 
 
@@ -94,11 +94,11 @@ def test_counting_in_64_bits(mode: str, layout: str) -> None:
         out = cuda_on_host.poisoned(tuple(lateral.shape), lateral, memory_format)
         call = cuda_on_host.merge_call(top, lateral, out, mode, 0.7)
         cuda_on_host.library().merge_run_large(ctypes.byref(call))
-        assert torch.equal(out, native.upsample_add(top, lateral, mode, 0.7)), sizes
+        assert torch.equal(out, by_native("upsample_add", top, lateral, mode, 0.7)), sizes
         grad_top = cuda_on_host.poisoned(tuple(top.shape), top, memory_format)
         adjoint = cuda_on_host.adjoint_call(lateral, grad_top, mode, 0.7)
         cuda_on_host.library().adjoint_run_large(ctypes.byref(adjoint))
-        assert torch.equal(grad_top, native.upsample_add_backward(lateral, sizes.top, mode, 0.7)), sizes
+        assert torch.equal(grad_top, by_native("upsample_add_backward", lateral, sizes.top, mode, 0.7)), sizes
 
 
 def test_maps_of_more_elements_than_31_bits_count() -> None:

@@ -161,7 +161,7 @@ _READER = """
 import sys, torch
 model = torch.load(sys.argv[1], weights_only=False)
 x = torch.load(sys.argv[2], weights_only=False)
-from fpn_kernels.backends.selection import record_calls
+from fpn_kernels.operators.dispatch import record_calls
 with torch.no_grad(), record_calls() as calls:
     torch.save(model(x), sys.argv[2])
 assert [name for name, _ in calls if name != "output_conv"] == ["lateral_connection"] * 4, calls

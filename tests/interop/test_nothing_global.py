@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from twins import CHANNELS, WIDTH, maps
 
 import fpn_kernels
-from fpn_kernels.backends import selection
 from fpn_kernels.interop.equivalence import OwnRandomNumbers
 from fpn_kernels.interop.swapping import is_fused
+from fpn_kernels.operators import dispatch
 
 
 def test_the_generators_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_threads_that_fuse_leave_no_forced_backend() -> None:
     def compute(done: threading.Event) -> None:
         top, lateral = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 16, 16)
         while not done.is_set():
-            seen.add(selection.forced_by()[0])
+            seen.add(dispatch.forced_by()[0])
             fpn_kernels.upsample_add(top, lateral)
 
     done = threading.Event()
@@ -73,19 +73,19 @@ def test_threads_that_fuse_leave_no_forced_backend() -> None:
     done.set()
     other.join()
     assert len({type(network) for network in networks}) == 1 and all(map(is_fused, networks))
-    assert seen == {None} and selection.forced_by()[0] is None
+    assert seen == {None} and dispatch.forced_by()[0] is None
 
 
 def test_blocks_of_use_backend_may_overlap() -> None:
     first, second = (fpn_kernels.use_backend("eager").__enter__() for _ in range(2))
     first.__exit__(None, None, None)
-    assert selection.forced_by()[0] == "eager"
+    assert dispatch.forced_by()[0] == "eager"
     second.__exit__(None, None, None)
-    assert selection.forced_by()[0] is None
+    assert dispatch.forced_by()[0] is None
     for _ in range(100):
         fpn_kernels.use_backend("eager")
     with fpn_kernels.use_backend(None):
-        assert selection.forced_by()[0] is None
-    assert selection.forced_by()[0] == "eager" and len(selection._requests) <= 2
+        assert dispatch.forced_by()[0] is None
+    assert dispatch.forced_by()[0] == "eager" and len(dispatch._requests) <= 2
     fpn_kernels.use_backend(None)
-    assert selection.forced_by()[0] is None
+    assert dispatch.forced_by()[0] is None

@@ -15,13 +15,13 @@ from targets import Target
 from torch import Tensor, nn
 from twins import CHANNELS, NAMES, SIZES, WIDTH, Twin, assert_same, group_norm, maps, pair, served
 
-from fpn_kernels.backends.selection import record_calls, use_backend
 from fpn_kernels.modules import (
     FeaturePyramidNetwork,
     FrozenBatchNorm2d,
     LastLevelMaxPool,
     LastLevelP6P7,
 )
+from fpn_kernels.operators.dispatch import record_calls, use_backend
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 

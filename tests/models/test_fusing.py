@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from twins import assert_same, convolved, group_norm, maps, pair, served
 
-from fpn_kernels.backends.selection import use_backend
 from fpn_kernels.modules import FrozenBatchNorm2d
 from fpn_kernels.modules.batch_norm import fold, has_fixed_statistics
+from fpn_kernels.operators.dispatch import use_backend
 
 FUSED, MERGED = "lateral_connection", "upsample_add"
 ALL_FUSED = [FUSED] * 4
