@@ -65,10 +65,3 @@ def writes(instructions: list[str]) -> list[str]:
     """Those that write a map to global memory: stores, atomics, bulk tensor copies out of shared memory."""
     to_global = r"(?<![a-z])(st|red|atom)\.[\w.:]*global|cp\.async\.bulk\.tensor[\w.:]*\.global\.shared"
     return [instruction for instruction in instructions if re.search(to_global, instruction)]
-
-
-def bulk_reads(instructions: list[str]) -> list[str]:
-    """Bulk tensor copies into shared memory."""
-    return [
-        line for line in instructions if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared::\w+[\w.:]*\.global", line)
-    ]
