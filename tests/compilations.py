@@ -7,7 +7,7 @@ is recorded and compiled by Triton's own binder: a test reads exactly the code t
 from __future__ import annotations
 
 import contextlib
-import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,6 +25,7 @@ from fpn_kernels.operators.operator import OPERATORS
 
 # Plans hold the strides of results as tensors on the device "meta", which are not fake.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_POINTER = (FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size())
 
 
 class Chip(NamedTuple):
@@ -52,7 +53,6 @@ class Call(NamedTuple):
         dense: all maps are dense and 16 divides their counts, so that they are moved 16 bytes at a time.
         tf32: PyTorch's switch for float32 convolutions.
         candidates: launch every tile that `FPN_KERNELS_AUTOTUNE` measures for the call, before the one by heuristics.
-        chips: the chips that serve the call.
     """
 
     operator: str
@@ -61,7 +61,6 @@ class Call(NamedTuple):
     dense: bool = False
     tf32: bool = False
     candidates: bool = False
-    chips: tuple[Chip, ...] = CHIPS
 
 
 class Launched(NamedTuple):
@@ -80,7 +79,7 @@ class Launched(NamedTuple):
     def compile(self) -> Any:
         """The compiled kernel; equal specialisations give the same object."""
         assert all(0 < programs < 2**31 for programs in self.grid)
-        with _patched((FakeTensor, "data_ptr", _pointer), (driver, "_active", _Driver(self.chip.capability))):
+        with _patched(_POINTER, (driver, "_active", _driver(self.chip.capability))):
             return self.kernel.run(*self.arguments, grid=self.grid, warmup=True, **self.constants)
 
 
@@ -113,7 +112,7 @@ def record(call: Call, chip: Chip) -> list[Launched]:
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (autotune, "ENABLED", call.candidates),
         (autotune, "fastest", _launch_all),
-        (FakeTensor, "data_ptr", _pointer),
+        _POINTER,
         (JITFunction, "__getitem__", launcher),
     ):
         arguments.check()
@@ -132,20 +131,14 @@ def _launch_all(operator: str, key: Any, tensor: Tensor, candidates: Any, defaul
     return default
 
 
-def _pointer(tensor: FakeTensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
-
-
-class _Driver:
+def _driver(capability: int) -> Any:
     """Stands in for Triton's driver, so that its binder compiles for a chip that this machine does not have."""
-
-    def __init__(self, capability: int) -> None:
-        # Triton caches compilations by device number, here one per chip that no real device has.
-        self.get_current_device = functools.partial(int, 1000 + capability)
-        self.get_current_target = functools.partial(GPUTarget, "cuda", capability, 32)
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
+    return types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        # Triton caches compilations by device number: one per chip that no real device has.
+        get_current_device=lambda: 1000 + capability,
+        get_current_stream=lambda device=None: 0,
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compilations import B200, CHIPS, H100, Call, fake
+from compilations import Call, fake
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
@@ -19,12 +19,11 @@ def add(
     dense: bool = False,
     tf32: bool = False,
     candidates: bool = False,
-    chips: Any = CHIPS,
     **options: Any,
 ) -> None:
-    name = f"{operator} {name}"
+    name = f"{operator} {name}".rstrip()
     assert name not in CALLS
-    CALLS[name] = Call(operator, arguments, options, dense, tf32, candidates, chips)
+    CALLS[name] = Call(operator, arguments, options, dense, tf32, candidates)
 
 
 # Layout, channels and dtype.  256 channels are a neck's, 64 the narrowest BiFPN's; some tables have a tile for 16.
@@ -110,10 +109,8 @@ for arithmetic, dtype, tf32 in (("half", BF16, False), ("tf32", F32, True), ("ie
     for layout in ("nhwc", "nchw"):
         features = [fake(256, size, layout, dtype, 1) for size in PAPER]
         weights, biases = [weight] * 4, [bias] * 4
-        add(
-            f"{arithmetic} {layout}", "top_down_pathway", features, weights, biases, [0, 1, 2, 3],
-            tf32=tf32, dense=True, chips=(H100, B200),
-        )  # fmt: skip
+        name = f"{arithmetic} {layout}"
+        add(name, "top_down_pathway", features, weights, biases, [0, 1, 2, 3], tf32=tf32, dense=True)
 
     kernel, matrix = (fake(256, (3, 3), layout, dtype, 256) for layout in ("nchw", "nhwc"))
     for out in (NHWC, NCHW):

@@ -6,6 +6,7 @@ cores, that dense maps are moved 16 bytes at a time, and that a launch waits for
 
 from __future__ import annotations
 
+import collections
 import re
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ from fpn_kernels.operators.weighted_merge import triton as weighted_merge
 # On sm_90 and later, a kernel is loaded with this much shared memory on top of its own.
 RESERVED = 1024
 
-# Each kernel once, on sm_90; all other compilations are nightly.
+# Each kernel once, for sm_90; all other compilations are nightly.
 EVERYDAY = (
     "upsample_add nhwc 256 bfloat16 doubled",
     "upsample_add nchw 256 bfloat16 doubled",
     "upsample_add_backward nhwc 256 bfloat16 doubled",
-    "merge_backward nchw 256 bfloat16 doubled",
     "upsample_add_backward nhwc 256 bfloat16 area",
+    "merge_backward nchw 256 bfloat16 doubled",
     "weighted_merge three nhwc 256 bfloat16 doubled",
     "weighted_merge three nchw 256 bfloat16 doubled",
     "weighted_merge_backward nhwc 256 bfloat16",
@@ -48,12 +49,7 @@ EVERYDAY = (
     "output_conv half packed",
 )
 EVERY_CALL = [
-    pytest.param(
-        name, chip, id=f"{name}, {chip}", marks=() if chip is H100 and name in EVERYDAY else pytest.mark.nightly
-    )
-    for chip in CHIPS
-    for name, call in CALLS.items()
-    if chip in call.chips
+    (name, chip) for chip in CHIPS for name in CALLS if chip.capability >= 90 or "top_down_pathway" not in name
 ]
 
 
@@ -88,9 +84,7 @@ def _check(launch: Launched, dense: bool, directory: Path) -> None:
     if launch.name == "convolve":
         copies = re.search(r"\bUTMALDG\b", code)
         assert bool(copies) == (chip.capability >= 90), f"bulk copies (TMA), where the chip has them: {about}"
-    for constant, instruction in (("FOLLOWS", "wait"), ("LEADS", "launch_dependents")):
-        overlaps = f"griddepcontrol.{instruction}" in compiled.asm["ptx"]
-        assert overlaps == constants.get(constant, False), about
+    _check_overlap(launch, compiled.asm["ptx"])
     for instruction, single in (_wide(launch) if dense else {}).items():
         moves = re.findall(rf"\b{instruction}\.[\w.]+", code)
         narrow = [move for move in moves if not move.endswith(".128")]
@@ -98,7 +92,30 @@ def _check(launch: Launched, dense: bool, directory: Path) -> None:
         assert len(narrow) <= single, f"narrow accesses {sorted(set(narrow))}: {about}"
 
 
-@pytest.mark.parametrize(("name", "chip"), EVERY_CALL)
+def _check_overlap(launch: Launched, code: str) -> None:
+    """A launch writes, and reads the top, only after the wait, on every path through the control flow of the PTX."""
+    before = ptx.before_the_wait(code)
+    leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
+    assert leads == launch.constants.get("LEADS", False)
+    assert ("griddepcontrol.wait" in code) == launch.constants.get("FOLLOWS", False)
+    if not launch.constants.get("FOLLOWS", False):
+        return
+    # Without the wait, the same analysis finds the writes and the reads.
+    everything = ptx.before_the_wait(code.replace("griddepcontrol.wait", "// griddepcontrol.wait"))
+    assert ptx.writes(everything) and not ptx.writes(before)
+    if launch.name == "connect":
+        top = launch.kernel.arg_names.index("top")
+        assert ptx.reads_through(everything, top) and not ptx.reads_through(before, top)
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        pytest.param(name, chip, marks=() if name in EVERYDAY and chip is H100 else pytest.mark.nightly)
+        for name, chip in EVERY_CALL
+    ],
+    ids=str,
+)
 def test_machine_code(name: str, chip: Chip, tmp_path: Path) -> None:
     launches = record(CALLS[name], chip)
     assert launches
@@ -106,74 +123,50 @@ def test_machine_code(name: str, chip: Chip, tmp_path: Path) -> None:
         _check(launch, CALLS[name].dense, tmp_path)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("top_down_pathway") or "paper" in name])
-def test_a_launch_writes_and_reads_the_top_only_after_the_wait(name: str) -> None:
-    """On every path through the control flow of the PTX, whatever the order in the source."""
-    followers = [launch for launch in record(CALLS[name], H100) if launch.constants.get("FOLLOWS")]
-    assert followers or "output_conv" in name  # in float32 one launch has all levels
-    for launch in followers:
-        code = launch.compile().asm["ptx"]
-        everything, before = ptx.instructions_of(code), ptx.before_the_wait(code)
-        assert ptx.writes(everything) and not ptx.writes(before)
-        leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
-        assert leads == launch.constants["LEADS"]
-        if launch.name == "connect":
-            top = launch.kernel.arg_names.index("top")
-            assert ptx.reads_through(everything, top) and not ptx.reads_through(before, top)
-
-
-@pytest.mark.nightly
-def test_the_analysis_finds_early_writes_and_reads() -> None:
-    last = record(CALLS["top_down_pathway half nhwc"], H100)[-1]
-    code = last.compile().asm["ptx"].replace("griddepcontrol.wait", "// griddepcontrol.wait")
-    assert ptx.writes(ptx.before_the_wait(code))
-    assert ptx.reads_through(ptx.before_the_wait(code), last.kernel.arg_names.index("top"))
-
-
 def _row(launch: Launched) -> tuple[Any, ...]:
-    """The table and the key of a launch's tile, as in `_rows`."""
-    constants, size = launch.constants, launch.arguments[0].element_size()
+    """The table of a launch's tile, and its key there (of the matrix products, the arithmetic alone)."""
+    constants = launch.constants
+    if launch.name in ("connect", "convolve"):
+        return launch.name, (constants["ARITHMETIC"],)
     kernel, _, walk = launch.name.partition("_")
-    walk = constants.get("WALK", walk)
-    if kernel == "merge":
-        reading = "pairs" if constants["PAIRS"] else "bilinear" if constants["MODE"] == "bilinear" else "nearest"
-        return kernel, (walk, reading, size)
-    if kernel == "gather":
-        return kernel, (walk, constants.get("WINDOW", upsample_add_backward.AREA), size)
-    if kernel == "weighted":
-        return kernel, (walk, constants["READING"], size)
-    return kernel, (walk, size) if kernel == "scale" else size
+    nearest = "pairs" if constants.get("PAIRS") else "nearest"
+    reading = {
+        "merge": ["bilinear" if constants.get("MODE") == "bilinear" else nearest],
+        "gather": [constants.get("WINDOW", upsample_add_backward.AREA)],
+        "weighted": [constants.get("READING")],
+    }
+    return kernel, (constants.get("WALK", walk), *reading.get(kernel, []), launch.arguments[0].element_size())
+
+
+def _has(launch: Launched, tile: Any) -> bool:
+    """Whether the launch has the tile; `tiles.fitting` doubles the warps where accesses are narrow."""
+    numbers = {name: value for name, value in vars(tile).items() if name != "num_warps"}
+    return launch.constants["num_warps"] in (tile.num_warps, 2 * tile.num_warps) and all(
+        launch.constants.get(name if name == "num_stages" else name.upper(), value) == value
+        for name, value in numbers.items()
+    )
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=str)
 def test_every_tile_of_every_table_is_compiled(chip: Chip) -> None:
-    launches = [launch for call in CALLS.values() if chip in call.chips for launch in record(call, chip)]
-    reached = {
-        (*_row(launch), launch.constants["ROWS"], launch.constants["COLUMNS"])
-        for launch in launches
-        if launch.name not in ("connect", "convolve", "pack", "sum_partials")
-    }
-    for kernel, table in (
-        ("merge", upsample_add.TABLE),
-        ("gather", upsample_add_backward.TABLE),
-        ("weighted", weighted_merge.TABLE),
-        ("scale", weighted_merge.BACKWARD_TABLE),
-        ("sum", channel_sums.TABLE),
-    ):
-        for key, tiles in table.items():
-            for tile in tiles:
-                assert (kernel, key, tile.rows, tile.columns) in reached, (kernel, key, tile)
-    fields = ("ROWS", "COLUMNS", "PIXELS", "CHANNELS", "DEPTH", "num_warps", "num_stages")
-    products = {
-        (launch.constants["ARITHMETIC"], *(launch.constants.get(field) for field in fields))
-        for launch in launches
-        if launch.name in ("connect", "convolve")
-    }
-    for (arithmetic, _), tile in lateral_connection.TABLE.items():
-        numbers = (tile.pixels, tile.channels, tile.depth, tile.num_warps, tile.num_stages)
-        assert (arithmetic, None, None, *numbers) in products, tile
-    for (arithmetic, _), box in output_conv.TABLE.items():
-        for tile in (output_conv.on_chip(each, chip.capability >= 90) for each in (box, box.transposed)):
-            numbers = (tile.channels, tile.depth, tile.num_warps, tile.num_stages)
-            assert (arithmetic, tile.rows, tile.columns, None, *numbers) in products, tile
+    rows: dict[Any, list[Launched]] = collections.defaultdict(list)
+    for name, on in EVERY_CALL:
+        for launch in record(CALLS[name], chip) if on is chip else ():
+            if launch.name not in ("pack", "sum_partials"):
+                rows[_row(launch)].append(launch)
+    in_bulk = chip.capability >= 90
+    expected: list[tuple[str, Any, Any]] = [
+        *(("merge", *row) for row in upsample_add.TABLE.items()),
+        *(("gather", *row) for row in upsample_add_backward.TABLE.items()),
+        *(("weighted", *row) for row in weighted_merge.TABLE.items()),
+        *(("scale", *row) for row in weighted_merge.BACKWARD_TABLE.items()),
+        *(("sum", ("pixels", size), tiles) for size, tiles in channel_sums.TABLE.items()),
+        *(("connect", key[:1], [tile]) for key, tile in lateral_connection.TABLE.items()),
+        *(
+            ("convolve", key[:1], [output_conv.on_chip(each, in_bulk) for each in (tile, tile.transposed)])
+            for key, tile in output_conv.TABLE.items()
+        ),
+    ]
+    for kernel, key, tiles in expected:
+        for tile in tiles:
+            assert any(_has(launch, tile) for launch in rows[kernel, key]), (kernel, key, tile)
