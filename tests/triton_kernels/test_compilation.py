@@ -94,12 +94,12 @@ def _check(launch: Launched, dense: bool, directory: Path) -> None:
 
 def _check_overlap(launch: Launched, code: str) -> None:
     """A launch writes, and reads the top, only after the wait, on every path through the control flow of the PTX."""
-    before = ptx.before_the_wait(code)
-    leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
-    assert leads == launch.constants.get("LEADS", False)
-    assert ("griddepcontrol.wait" in code) == launch.constants.get("FOLLOWS", False)
-    if not launch.constants.get("FOLLOWS", False):
+    follows, leads = (launch.constants.get(name, False) for name in ("FOLLOWS", "LEADS"))
+    assert ("griddepcontrol.wait" in code, "griddepcontrol.launch_dependents" in code) == (follows, leads)
+    if not follows:
         return
+    before = ptx.before_the_wait(code)
+    assert leads == any("griddepcontrol.launch_dependents" in instruction for instruction in before)
     # Without the wait, the same analysis finds the writes and the reads.
     everything = ptx.before_the_wait(code.replace("griddepcontrol.wait", "// griddepcontrol.wait"))
     assert ptx.writes(everything) and not ptx.writes(before)
