@@ -7,7 +7,9 @@ cores, that dense maps are moved 16 bytes at a time, and that a launch waits for
 from __future__ import annotations
 
 import collections
+import functools
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,18 @@ def _wide(launch: Launched) -> dict[str, int]:
     return {} if windows or areas else WIDE.get(launch.name, {})
 
 
-def _check(launch: Launched, dense: bool, directory: Path) -> None:
+@functools.cache
+def _read(compiled: Any) -> tuple[str, str]:
+    """Resource usage and machine code; many calls compile the same kernel."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        return dump("-res-usage", cubin), dump("--dump-sass", cubin)
+
+
+def _check(launch: Launched, dense: bool) -> None:
     compiled, chip, constants = launch.compile(), launch.chip, launch.constants
-    cubin = directory / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage, code = dump("-res-usage", cubin), dump("--dump-sass", cubin)
+    usage, code = _read(compiled)
     about = f"{launch.name} {constants}: {usage}"
     assert re.search(r"\bSTACK:0 .*\bLOCAL:0\b", usage), about
     assert not re.findall(r"\b(?:LDL|STL)\b", code), f"spills: {about}"
@@ -116,11 +125,11 @@ def _check_overlap(launch: Launched, code: str) -> None:
     ],
     ids=str,
 )
-def test_machine_code(name: str, chip: Chip, tmp_path: Path) -> None:
+def test_machine_code(name: str, chip: Chip) -> None:
     launches = record(CALLS[name], chip)
     assert launches
     for launch in launches:
-        _check(launch, CALLS[name].dense, tmp_path)
+        _check(launch, CALLS[name].dense)
 
 
 def _row(launch: Launched) -> tuple[Any, ...]:
