@@ -1,4 +1,4 @@
-"""What PTX may execute before a thread has waited for the launch before it: its control flow, read from the text."""
+"""The PTX instructions that a thread may execute before it waits for the previous launch, by control-flow analysis."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def before_the_wait(ptx: str) -> list[str]:
     """Every instruction that some path from the kernel's entry reaches without passing the wait."""
     lines = instructions_of(ptx)
     labels = {match.group(1): place for place, line in enumerate(lines) if (match := _LABEL.match(line))}
-    assert not [line for line in lines if re.match(r"(@!?%p\d+ )?(brx|call)", line)], (
-        "control flow that is not read here"
-    )
-    assert not [line for line in lines if _WAIT in line and line.startswith("@")], "a wait that not every thread makes"
+    assert not [line for line in lines if re.match(r"(@!?%p\d+ )?(brx|call)", line)], "unsupported control flow"
+    assert not [line for line in lines if _WAIT in line and line.startswith("@")], "a conditional wait"
     reached: set[int] = set()
     ahead = [0]
     while ahead:
@@ -40,7 +38,7 @@ def before_the_wait(ptx: str) -> list[str]:
 
 
 def reads_through(instructions: list[str], parameter: int) -> list[str]:
-    """Those that load from global memory at an address that comes from a parameter, by any arithmetic."""
+    """The loads from global memory whose address depends on a parameter, by any arithmetic."""
     derived: set[str] = set()
     grew = True
     while grew:
@@ -62,13 +60,6 @@ def reads_through(instructions: list[str], parameter: int) -> list[str]:
 
 
 def writes(instructions: list[str]) -> list[str]:
-    """Those that write a map to global memory: stores, atomics, bulk tensor copies out of shared memory."""
+    """The writes to global memory: stores, atomics, bulk tensor copies out of shared memory."""
     to_global = r"(?<![a-z])(st|red|atom)\.[\w.:]*global|cp\.async\.bulk\.tensor[\w.:]*\.global\.shared"
     return [instruction for instruction in instructions if re.search(to_global, instruction)]
-
-
-def bulk_reads(instructions: list[str]) -> list[str]:
-    """Bulk tensor copies into shared memory."""
-    return [
-        line for line in instructions if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared::\w+[\w.:]*\.global", line)
-    ]
