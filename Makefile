@@ -41,7 +41,7 @@ SEED ?= 1
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
-	@echo 'make test-nightly  all cases of the tests of which `make test` draws a part, and many more of the property tests'
+	@echo 'make test-nightly  the slow tests that `make test` leaves out, and many random cases of each property'
 	@echo 'make test-random SEED=7  the tests of `make test` in another order'
 	@echo 'make coverage  the lines that the tests of `make test` run; fails below 95 %'
 	@echo 'make test-large  the tests that take 16 GB of memory'
@@ -72,10 +72,8 @@ test: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
 
 test-nightly: build
-	FPN_KERNELS_ALL_CASES=1 $(PY) -m pytest $(WORKERS) -m "sampled or nightly" $(ARGS)
-	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "(sampled or nightly) and interpreter" $(ARGS)
-	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
-	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(WORKERS) -m nightly $(ARGS)
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "nightly and interpreter" $(ARGS)
 
 test-random: build
 	$(PY) -m pytest $(WORKERS) --random-order-bucket=global --random-order-seed=$(SEED) $(ARGS)
@@ -87,9 +85,9 @@ coverage: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter --cov --cov-append --cov-report= $(ARGS)
 	$(PY) -m coverage report
 
-# One after another: each takes most of the memory that it asks for.
+# One after another: each test takes most of the machine's memory.
 test-large: build
-	FPN_KERNELS_LARGE=1 $(PY) -m pytest -m large $(ARGS) tests/test_scale.py
+	FPN_KERNELS_LARGE=1 $(PY) -m pytest -m "large and nightly" $(ARGS) tests/nightly/test_scale.py
 
 $(ECOSYSTEM_VENV)/.ready:
 	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
@@ -109,7 +107,7 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FPN_KERNELS_LIBRARY=build/sanitize/lib/fpn_kernels/_native.so \
-	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/test_upsample_add.py tests/test_lateral_connection.py tests/test_output_conv.py tests/test_weighted_merge.py tests/test_native.py tests/test_native_arguments.py tests/test_native_reorder.py tests/test_native_output_conv.py tests/test_native_output_conv_backward_weight.py tests/test_native_output_conv_backward_weight_floats.py tests/test_native_lateral_connection.py tests/test_native_lateral_connection_floats.py
+	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/ops $$(find tests -name 'test_native*.py' -not -name test_native_build.py)
 
 lint: $(READY)
 	$(PY) -m ruff check .

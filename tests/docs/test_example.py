@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from documents import ROOT
 
 import fpn_kernels
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 @pytest.fixture
 def example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "pyramid_of_a_photo.py"
+    path = ROOT / "examples" / "pyramid_of_a_photo.py"
     spec = importlib.util.spec_from_file_location("pyramid_of_a_photo", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,8 +14,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from documents import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--size", "72", "100", "--batch", "4", "--steps", "16"]
 
 
