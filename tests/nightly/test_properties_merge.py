@@ -7,7 +7,7 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from nodes import MODES, spread
+from nodes import spread
 from targets import Target, parameters
 from torch import Tensor
 
