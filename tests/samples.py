@@ -74,15 +74,22 @@ def random_map(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", la
 
 
 class Make:
-    """Makes the tensors of a sample: the maps in the given layouts in turn, in the given dtype, or of batch 0."""
+    """Makes the tensors of a sample: the maps in the given layouts in turn, of a third of the sides, or of batch 0."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: str = "cpu", *layouts: str, empty: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        *layouts: str,
+        empty: bool = False,
+        tiny: bool = False,
     ) -> None:
-        self.dtype, self.device, self.empty = dtype, device, empty
+        self.dtype, self.device, self.empty, self.tiny = dtype, device, empty, tiny
         self.layouts = itertools.cycle(layouts or ("nchw",))
 
     def map(self, n: int, c: int, h: int, w: int) -> Tensor:
+        if self.tiny:
+            h, w = (h + 2) // 3, (w + 2) // 3
         return random_map((0 if self.empty else n, c, h, w), self.dtype, self.device, next(self.layouts))
 
     def weight(self, cout: int, cin: int, k: int = 1) -> Tensor:

@@ -182,7 +182,7 @@ def nodes(draw: st.DrawFn, most_resized: int) -> Node:
         channels=draw(strategies.counts(40, *every, batch=batch)),
         sizes=every,
         dtype=draw(strategies.dtypes),
-        mode=draw(st.sampled_from(MODES)),
+        mode=draw(strategies.modes),
         normalization=draw(st.sampled_from(("relu", "softmax"))),
         layouts=draw(st.tuples(*[strategies.layouts] * (len(every) + 1))),
         weights=draw(st.tuples(*[weight] * len(every))),

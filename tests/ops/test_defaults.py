@@ -14,24 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from samples import LAYOUTS, random_map
-from targets import INTERPRETED, Target
+from operators import OPERATORS
+from samples import Make, Operator, of_tensors, tensors_of
+from targets import INTERPRETED, Target, clear_plans
 from torch import Tensor
 from twins import CHANNELS, WIDTH
 from twins import maps as pyramid_maps
 
 import fpn_kernels
-from fpn_kernels import diagnostics, functional, resampling
-from fpn_kernels.backends import native, serving
+from fpn_kernels import diagnostics, resampling
+from fpn_kernels.backends import native
 from fpn_kernels.backends.triton import geometry
 
 Tensors = tuple[Tensor, ...]
 
 DEFAULTS = [torch.float16, torch.bfloat16, torch.float64, "meta"]
-
-# The convolutions are large enough for the compiled library's own products.
-BATCH, CIN, COUT, TOP, FINE = (1, 4, 8, (2, 3), (4, 6)) if INTERPRETED else (1, 16, 20, (8, 9), (16, 18))
-CHECKED_LAYOUTS = ("nhwc",) if INTERPRETED else LAYOUTS
 
 
 @contextmanager
@@ -58,97 +55,49 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _forget() -> None:
+def _clear() -> None:
     """Clears the plan cache, and the tables that are made of small tensors."""
-    serving.forget()
+    clear_plans()
     for cached in (resampling.indices_agree, geometry.longest_window, native.multiplies_by_tiles):
         cached.cache_clear()
 
 
-def _operators(dtype: torch.dtype, device: str, layout: str) -> dict[str, tuple[Callable[..., Any], Tensors]]:
-    """Each public function, as one of tensors alone, with such tensors."""
-    torch.manual_seed(0)
-    feature, second = (random_map((BATCH, CIN, *size), dtype, device, layout) for size in (FINE, TOP))
-    lateral, top = (random_map((BATCH, COUT, *size), dtype, device, layout) for size in (FINE, TOP))
-    weight, bias = random_map((COUT, CIN, 1, 1), dtype, device), random_map((1, 1, 1, COUT), dtype, device).flatten()
-    taps = random_map((COUT, CIN, 3, 3), dtype, device)
-    factors = random_map((1, 1, 1, 3), torch.promote_types(dtype, torch.float32), device).flatten().abs()
-    operators: dict[str, tuple[Callable[..., Any], Tensors]] = {
-        "upsample_add": (fpn_kernels.upsample_add, (top, lateral)),
-        "lateral_connection": (fpn_kernels.lateral_connection, (feature, weight)),
-        "lateral_connection, bias": (fpn_kernels.lateral_connection, (feature, weight, bias)),
-        "lateral_connection, top": (
-            lambda feature, weight, top: fpn_kernels.lateral_connection(feature, weight, None, top, gain=0.5),
-            (feature, weight, top),
-        ),
-        "lateral_connection, all": (fpn_kernels.lateral_connection, (feature, weight, bias, top)),
-        "output_conv": (fpn_kernels.output_conv, (feature, taps)),
-        "output_conv, bias": (fpn_kernels.output_conv, (feature, taps, bias)),
-        "output_conv_levels": (
-            lambda fine, coarse, taps, bias: functional.output_conv_levels([fine, coarse], [taps] * 2, [bias, None]),
-            (feature, second, taps, bias),
-        ),
-        "top_down_pathway": (
-            lambda fine, coarse, weight, bias: fpn_kernels.top_down_pathway([fine, coarse], [weight] * 2, [bias, None]),
-            (feature, second, weight, bias),
-        ),
-        "channel_sums": (torch.ops.fpn_kernels.channel_sums, (feature,)),
-        "reorder": (lambda x: torch.ops.fpn_kernels.reorder(x, memory_format=torch.channels_last), (feature,)),
-    }
-    for mode in ("nearest-exact", "bilinear"):
-        operators[f"upsample_add, {mode}"] = (
-            lambda top, lateral, mode=mode: fpn_kernels.upsample_add(top, lateral, mode=mode, gain=0.5),
-            (top, lateral),
-        )
-    for normalization in ("relu", "softmax"):
-        operators[f"weighted_merge by {normalization}"] = (
-            lambda *tensors, by=normalization: fpn_kernels.weighted_merge(tensors[:3], tensors[3], normalization=by),
-            (lateral, top, lateral.clone(), factors),
-        )
-    return operators
-
-
-def _results(function: Callable[..., Any], tensors: Tensors, wanted: Sequence[bool], like: Tensors) -> Tensors:
-    """Of fresh tensors: what the function computes, and the gradients that are wanted."""
-    fresh = [tensor.detach().requires_grad_(grad) for tensor, grad in zip(tensors, wanted, strict=True)]
+def _results(function: Callable[..., Any], tensors: Sequence[Tensor], recorded: bool) -> Tensors:
+    """Of fresh tensors: the results, and the gradients of all tensors where autograd records the call."""
+    fresh = [tensor.detach().requires_grad_(recorded) for tensor in tensors]
     results = function(*fresh)
-    results = (results,) if isinstance(results, Tensor) else tuple(results)
-    inputs = [tensor for tensor in fresh if tensor.requires_grad]
-    if not inputs:
-        return results
-    recorded = [place for place, result in enumerate(results) if result.requires_grad]
-    upstream = [(like or results)[place].detach() for place in recorded]
-    gradients = torch.autograd.grad([results[place] for place in recorded], inputs, upstream, allow_unused=True)
-    return (*results, *gradients)
+    upstream = [result.detach() for result in results]
+    return (*results, *(torch.autograd.grad(results, fresh, upstream) if recorded else ()))
 
 
-def _assert_equal(results: Tensors, expected: Tensors) -> None:
+def _assert_equal(results: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for ours, usual in zip(results, expected, strict=True):
-        if usual is None:
-            assert ours is None
-            continue
         assert (ours.dtype, ours.device, ours.stride()) == (usual.dtype, usual.device, usual.stride())
         assert torch.equal(ours, usual)
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("layout", CHECKED_LAYOUTS)
 @pytest.mark.parametrize("value", DEFAULTS, ids=str)
-def test_a_default_does_not_show(value: torch.dtype | str, layout: str, target: Target) -> None:
-    for dtype in target.dtypes() if layout in ("nchw", "nhwc") and not INTERPRETED else [torch.float32]:
-        for name, (function, tensors) in _operators(dtype, target.device, layout).items():
-            if INTERPRETED and "," in name:
-                continue  # seconds each
-            combinations = list(itertools.product((False, True), repeat=len(tensors)))
-            for wanted in combinations[-1:] if INTERPRETED else combinations:
-                with fpn_kernels.use_backend(target.backend):
-                    expected = _results(function, tensors, wanted, ())
-                    _forget()
-                    with default(value):
-                        odd = _results(function, tensors, wanted, expected)
-                    afterwards = _results(function, tensors, wanted, expected)
-                _assert_equal(odd, expected)
-                _assert_equal(afterwards, expected)
+@pytest.mark.parametrize("op", OPERATORS, ids=str)
+def test_a_default_does_not_show(op: Operator, value: torch.dtype | str, target: Target) -> None:
+    if INTERPRETED and (not target.implements(op.name) or value != DEFAULTS[0]):
+        pytest.skip("seconds each: one default of the operators that Triton has")
+    if not target.has(op.name):
+        pytest.skip(f"{target} has only {', '.join(target.operators)}")
+    dtypes = target.dtypes()[: 1 if INTERPRETED else None]
+    for sample, layout, dtype in zip(
+        itertools.cycle(op.samples), itertools.cycle(("nhwc", "nchw")), dtypes, strict=False
+    ):
+        arguments = sample.arguments(Make(dtype, target.device, layout))
+        function, tensors = of_tensors(op.call, arguments, sample.options), tensors_of(arguments)
+        for recorded in (False, True):
+            with fpn_kernels.use_backend(target.backend):
+                expected = _results(function, tensors, recorded)
+                _clear()
+                with default(value):
+                    odd = _results(function, tensors, recorded)
+                afterwards = _results(function, tensors, recorded)
+            _assert_equal(odd, expected)
+            _assert_equal(afterwards, expected)
 
 
 @pytest.mark.parametrize("value", DEFAULTS, ids=str)
@@ -177,7 +126,7 @@ def test_a_network_of_float32(make: Callable[[], Any], value: torch.dtype | str,
 
     with fpn_kernels.use_backend(target.backend):
         expected = results()
-        _forget()
+        _clear()
         with default(value):
             odd = results()
         afterwards = results()
@@ -195,7 +144,7 @@ def test_a_new_module_has_the_default_dtype(value: torch.dtype) -> None:
 @pytest.mark.parametrize("value", DEFAULTS, ids=str)
 def test_the_report_on_this_machine(value: torch.dtype | str) -> None:
     expected = diagnostics.report()
-    _forget()
+    _clear()
     with default(value):
         assert diagnostics.report() == expected
 
@@ -203,7 +152,7 @@ def test_the_report_on_this_machine(value: torch.dtype | str) -> None:
 @pytest.mark.parametrize("value", DEFAULTS, ids=str)
 def test_tables_are_on_the_host(value: torch.dtype | str) -> None:
     def tables() -> list[Any]:
-        _forget()
+        _clear()
         agree = [resampling.indices_agree(5, 8, mode, torch.float64) for mode in resampling.NEAREST_MODES]
         windows = [geometry.longest_window(5, 8, mode) for mode in resampling.MODES]
         return [*agree, *windows, resampling.scale(5, 8), resampling.source_index(5, 8).tolist()]

@@ -1,20 +1,21 @@
-"""Every operator under whatever else may look on: functorch's transforms, forward-mode AD, tracers, other operators.
+"""Every operator inside functorch's transforms, forward-mode AD, tracers, modes and other operators.
 
-Each has to give what the same gives of eager PyTorch, whether the call comes from Python or through the dispatcher.
+Each gives the numbers that it gives for eager PyTorch, whether a call bypasses the dispatcher or not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from operators import PUBLIC
+from samples import Make, Operator, of_tensors, tensors_of
 from targets import INTERPRETED, Target
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -28,51 +29,10 @@ from fpn_kernels.operators import direct
 Function = Callable[..., Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A public call: the shapes of its tensors, and what it makes of the functions of a library and of these."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    of: Callable[..., Any]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def function(self, library: Any) -> Function:
-        """All of its results in one tensor."""
-
-        def call(*tensors: Tensor) -> Tensor:
-            result = self.of(library, *tensors)
-            return result if isinstance(result, Tensor) else torch.cat([each.flatten() for each in result])
-
-        return call
-
-
-_TOP, _FINE, _FEATURE = (2, 3, 3, 4), (2, 3, 7, 8), (2, 4, 7, 8)
-_WEIGHT, _TAPS, _BIAS = (3, 4, 1, 1), (3, 3, 3, 3), (3,)
-
-CALLS = [
-    Call("upsample_add", (_TOP, _FINE), lambda of, a, b: of.upsample_add(a, b)),
-    Call("upsample_add-bilinear", (_TOP, _FINE), lambda of, a, b: of.upsample_add(a, b, mode="bilinear", gain=0.5)),
-    Call("lateral_connection", (_FEATURE, _WEIGHT, _BIAS, _TOP), lambda of, *args: of.lateral_connection(*args)),
-    Call("lateral_connection-alone", (_FEATURE, _WEIGHT), lambda of, *args: of.lateral_connection(*args)),
-    Call("output_conv", (_FINE, _TAPS, _BIAS), lambda of, *args: of.output_conv(*args)),
-    Call(
-        "top_down_pathway",
-        (_FEATURE, (2, 4, 4, 4), _WEIGHT, _WEIGHT, _BIAS),
-        lambda of, a, b, v, w, bias: of.top_down_pathway([a, b], [v, w], [bias, None], gain=0.5),
-    ),
-    Call(
-        "weighted_merge",
-        (_FINE, _TOP, (2,)),
-        lambda of, a, b, weights: of.weighted_merge([a, b], weights, normalization="softmax"),
-    ),
-]
-
-
-def _values(call: Call, dtype: torch.dtype, device: str) -> list[Tensor]:
-    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in call.shapes]
+def _of_tensors(function: Callable[..., Any], op: Operator, arguments: Any) -> Function:
+    """All results of the operator's first sample in one tensor, as a function of its tensors."""
+    call = of_tensors(function, arguments, op.samples[0].options)
+    return lambda *tensors: torch.cat([result.flatten() for result in call(*tensors)])
 
 
 def _forward_ad(f: Function, values: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
@@ -175,42 +135,49 @@ def _assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
         assert float((one - other).norm()) <= bound * float(other.norm()) + bound
 
 
-def _through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "operators", lambda *tensors: torch.ops.fpn_kernels)
+@pytest.fixture(params=["python", "dispatcher"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of the calls: in Python, which bypasses the dispatcher for plain calls, or through the dispatcher."""
+    if request.param == "dispatcher":
+        monkeypatch.setattr(direct, "operators", lambda *tensors: torch.ops.fpn_kernels)
+    chosen: str = request.param
+    return chosen
+
+
+def _cases() -> Iterator[Any]:
+    """Each transform of one operator in turn, so that each operator meets three transforms; nightly, all pairs."""
+    for number, (transform, (place, op)) in enumerate(itertools.product(TRANSFORMS, enumerate(PUBLIC))):
+        first = number // len(PUBLIC) % len(PUBLIC) == place
+        yield pytest.param(op, transform, id=f"{transform} of {op}", marks=() if first else pytest.mark.nightly)
 
 
 # torch.func.linearize builds a graph whose constants are no attributes, of eager's as well.
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
-@pytest.mark.parametrize("way", ["python", "dispatcher"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("call", CALLS, ids=str)
-@pytest.mark.sampled(8)
-def test_a_transform_gives_what_it_gives_of_eager(
-    call: Call, transform: str, way: str, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("op", "transform"), [*_cases()])
+def test_a_transform_gives_what_it_gives_of_eager(op: Operator, transform: str, target: Target) -> None:
     dtype = target.dtypes()[-1] if target.backend != "triton" else torch.float32
-    values, tangents = (_values(call, dtype, target.device) for _ in range(2))
-    apply = TRANSFORMS[transform]
-    expected = apply(call.function(reference), values, tangents)
-    if way == "dispatcher":
-        _through_the_dispatcher(monkeypatch)
+    make = Make(dtype, target.device, tiny=True)
+    arguments, others = (op.samples[0].arguments(make) for _ in range(2))
+    values, tangents = tensors_of(arguments), tensors_of(others)
+    expected = TRANSFORMS[transform](_of_tensors(op.eager, op, arguments), values, tangents)
     with fpn_kernels.use_backend(target.backend):
-        actual = apply(call.function(fpn_kernels), values, tangents)
+        actual = TRANSFORMS[transform](_of_tensors(op.call, op, arguments), values, tangents)
     _assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("transform", ["jacrev", "vmap of grad", "jvp"])
-@pytest.mark.parametrize("call", [CALLS[0], CALLS[5]], ids=str)
-@pytest.mark.sampled(3)
-def test_a_transform_inside_a_compiler(call: Call, transform: str) -> None:
-    values, tangents = (_values(call, torch.float64, "cpu") for _ in range(2))
+def test_a_transform_inside_a_compiler(transform: str) -> None:
+    op = next(op for op in PUBLIC if op.name == ("upsample_add" if transform == "jvp" else "top_down_pathway"))
+    arguments, others = (op.samples[0].arguments(Make(torch.float64, tiny=True)) for _ in range(2))
+    values, tangents = tensors_of(arguments), tensors_of(others)
 
-    def computed(library: Any) -> Callable[..., Any]:
-        return lambda *values: TRANSFORMS[transform](call.function(library), values, tangents)
+    def computed(function: Any) -> Callable[..., Any]:
+        return lambda *values: TRANSFORMS[transform](_of_tensors(function, op, arguments), values, tangents)
 
     torch.compiler.reset()
-    actual = torch.compile(computed(fpn_kernels), backend="aot_eager", fullgraph=True)(*values)
-    _assert_close(actual, computed(reference)(*values), torch.float64)
+    actual = torch.compile(computed(op.call), backend="aot_eager", fullgraph=True)(*values)
+    _assert_close(actual, computed(op.eager)(*values), torch.float64)
 
 
 class _Model(nn.Module):
@@ -219,7 +186,7 @@ class _Model(nn.Module):
     def __init__(self, library: Any) -> None:
         super().__init__()
         self.library = library
-        shapes = {"weight": _WEIGHT, "bias": _BIAS, "taps": _TAPS, "factors": (2,)}
+        shapes = {"weight": (3, 4, 1, 1), "bias": (3,), "taps": (3, 3, 3, 3), "factors": (2,)}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.rand(shape, dtype=torch.float64)))
 
@@ -312,14 +279,11 @@ def test_a_mode_is_given_the_public_calls() -> None:
     _assert_close(results, eager(*maps), torch.float64)
 
 
-@pytest.mark.parametrize("way", ["python", "dispatcher"])
-def test_inside_another_operator_nothing_is_recorded(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_another_operator_nothing_is_recorded(path: str) -> None:
     ours, eager = _models()
-    if way == "dispatcher":
-        _through_the_dispatcher(monkeypatch)
 
     def recorded(model: nn.Module) -> list[bool]:
-        name = f"fpn_kernels_test::neck_of_{model.library.__name__.rpartition('.')[2]}_{way}"
+        name = f"fpn_kernels_test::neck_of_{model.library.__name__.rpartition('.')[2]}_{path}"
 
         @torch.library.custom_op(name, mutates_args=())
         def neck(fine: Tensor, coarse: Tensor) -> list[Tensor]:
@@ -334,24 +298,19 @@ def test_inside_another_operator_nothing_is_recorded(way: str, monkeypatch: pyte
     assert recorded(ours) == recorded(eager) == [False] * 5
 
 
-@pytest.mark.parametrize("way", ["python", "dispatcher"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_backward_runs_as_its_forward_did(
-    way: str, dtype: torch.dtype, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Upstream gradients of 1e5 are beyond float16, and are float32's to carry."""
-    if way == "dispatcher":
-        _through_the_dispatcher(monkeypatch)
-    for call in CALLS:
-        values = [value.requires_grad_() for value in _values(call, torch.float32, target.device)]
-        with fpn_kernels.use_backend(target.backend):
-            result = call.function(fpn_kernels)(*values)
-            upstream = 1e5 * torch.randn_like(result)
-            expected = torch.autograd.grad(result, values, upstream, retain_graph=True)
-            with torch.autocast(target.device, dtype):
-                actual = torch.autograd.grad(result, values, upstream)
-        for one, other in zip(actual, expected, strict=True):
-            assert torch.equal(one, other), call
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("op", PUBLIC, ids=str)
+def test_a_backward_runs_as_its_forward_did(op: Operator, target: Target) -> None:
+    """Upstream gradients of 1e5 overflow float16: a backward under autocast stays in float32."""
+    arguments = op.samples[0].arguments(Make(torch.float32, target.device, tiny=True))
+    values = [value.requires_grad_() for value in tensors_of(arguments)]
+    with fpn_kernels.use_backend(target.backend):
+        result = _of_tensors(op.call, op, arguments)(*values)
+        upstream = 1e5 * torch.randn_like(result)
+        expected = torch.autograd.grad(result, values, upstream, retain_graph=True)
+        with torch.autocast(target.device, torch.float16):
+            actual = torch.autograd.grad(result, values, upstream)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_autocast_is_registered_wherever_it_casts_a_convolution() -> None:
@@ -364,14 +323,13 @@ def test_autocast_is_registered_wherever_it_casts_a_convolution() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter keeps one grid for the whole process")
-@pytest.mark.parametrize("way", ["python", "dispatcher"])
-def test_threads_that_share_a_graph(way: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "dispatcher":
-        _through_the_dispatcher(monkeypatch)
-    call = CALLS[5]
-    values = [value.requires_grad_() for value in _values(call, torch.float32, target.device)]
+@pytest.mark.usefixtures("path")
+def test_threads_that_share_a_graph(target: Target) -> None:
+    op = next(op for op in PUBLIC if op.name == "top_down_pathway")
+    arguments = op.samples[0].arguments(Make(torch.float32, target.device))
+    values = [value.requires_grad_() for value in tensors_of(arguments)]
     with fpn_kernels.use_backend(target.backend):
-        total = call.function(fpn_kernels)(*values).sum()
+        total = _of_tensors(op.call, op, arguments)(*values).sum()
         expected = torch.autograd.grad(total, values, retain_graph=True)
 
         def work(_: int) -> list[bool]:

@@ -9,7 +9,6 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from nodes import exact_factors
 from samples import random_map
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -63,7 +62,7 @@ def test_every_tile(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.Mo
         weights = torch.tensor(FACTORS if third else FACTORS[:2])
         call = (first, middle if third else None, last, last_factor, weights, out, mode, normalization, eps)
         weighted_merge.launch(*call)
-        factors = exact_factors(weights, normalization, eps)
+        factors = oracle.fusion_factors(weights, normalization, eps)
         order = [0, 3 - last_factor, last_factor] if third else [0, last_factor]
         maps = [first, middle, last] if third else [first, last]
         spread = max(size) if reading == "bilinear" else 1
