@@ -1,4 +1,4 @@
-"""Many threads, forked workers, repeated imports, streams: the same bits each time, whoever else computes."""
+"""Many threads, forked workers, repeated imports, streams: the same bits each time."""
 
 from __future__ import annotations
 
@@ -10,56 +10,37 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from samples import random_map
+from operators import PUBLIC
+from samples import Make, Operator, of_tensors, random_map, tensors_of
 from targets import INTERPRETED, Target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fpn_kernels
 from fpn_kernels import functional
-from fpn_kernels.backends import selection
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter keeps one grid for the whole process")
 
 THREADS, ROUNDS = 8, 6
 
 
-def _operators(device: str, dtype: torch.dtype, seed: int) -> Callable[[], list[Tensor]]:
-    """Every operator and its gradients, on values of a seed's own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    top, lateral, other = values(2, 6, 5, 7), values(2, 6, 10, 13), values(2, 6, 10, 13)
-    feature, weight, bias, taps = values(2, 9, 10, 13), values(6, 9, 1, 1), values(6), values(6, 6, 3, 3)
-    factors = torch.rand(3, generator=generator).to(device)
-    leaves = [x.requires_grad_() for x in (top, lateral, other, feature, weight, bias, taps, factors)]
+def _job(op: Operator, device: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """An operator and its gradients, on values of its own."""
+    arguments = op.samples[0].arguments(Make(dtype, device))
+    function = of_tensors(op.call, arguments, op.samples[0].options)
+    leaves = [tensor.requires_grad_() for tensor in tensors_of(arguments)]
 
     def compute() -> list[Tensor]:
-        added = fpn_kernels.upsample_add(top, lateral, mode="bilinear")
-        merged = fpn_kernels.weighted_merge([added, other, top], factors)
-        connected = fpn_kernels.lateral_connection(feature, weight, bias, top, gain=0.5)
-        pathway = fpn_kernels.top_down_pathway([feature, feature[:, :, ::2, ::2]], [weight, weight], [bias, bias])
-        result = fpn_kernels.output_conv(connected, taps, bias)
-        results = [added, merged, connected, *pathway, result]
-        # Not a sum: that would be a race between sums of sums if the engine had threads.
+        results = function(*leaves)
         return [*results, *torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])]
 
     return compute
 
 
-def _merge(device: str, dtype: torch.dtype, seed: int) -> Callable[[], list[Tensor]]:
-    """`upsample_add` and its gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    top, lateral = (torch.randn(2, 6, *size, generator=generator).to(device, dtype) for size in ((5, 7), (10, 13)))
-    leaves = [top.requires_grad_(), lateral.requires_grad_()]
-
-    def compute() -> list[Tensor]:
-        added = fpn_kernels.upsample_add(top, lateral, mode="bilinear")
-        return [added, *torch.autograd.grad(added, leaves, torch.ones_like(added))]
-
-    return compute
+def _jobs(device: str, dtype: torch.dtype, target: Target) -> Callable[[], list[Tensor]]:
+    """All public operators that the target has."""
+    jobs = [_job(op, device, dtype) for op in PUBLIC if target.has(op.name)]
+    return lambda: [tensor for job in jobs for tensor in job()]
 
 
 def _equal(results: list[Tensor], expected: list[Tensor]) -> bool:
@@ -72,7 +53,7 @@ def test_threads_compute_the_same_bits(dtype: torch.dtype, target: Target) -> No
     target.require(dtype)
     failures: list[object] = []
     with fpn_kernels.use_backend(target.backend):
-        jobs = [_operators(target.device, dtype, seed) for seed in range(THREADS)]
+        jobs = [_jobs(target.device, dtype, target) for _ in range(THREADS)]
         expected = [job() for job in jobs]
         start = threading.Barrier(THREADS)
 
@@ -93,8 +74,8 @@ def test_threads_compute_the_same_bits(dtype: torch.dtype, target: Target) -> No
     assert not any(thread.is_alive() for thread in threads) and failures == []
 
 
-def test_many_threads_ask_for_the_backends_first() -> None:
-    """The library is loaded, and its operators looked up, by whoever comes first: here by eight at once."""
+def test_many_threads_make_the_first_call() -> None:
+    """The first call loads the library and looks up its operators: here eight threads make it at once."""
     script = """
 import threading, torch, fpn_kernels
 top, lateral = torch.arange(6.).view(1, 1, 2, 3), torch.zeros(1, 1, 4, 6)
@@ -204,27 +185,18 @@ assert fpn_kernels.explain("upsample_add", x, y).backend
     assert torch.equal(fpn_kernels.upsample_add(top, lateral), before)
 
 
-def test_records_and_forced_backends_end_with_their_block() -> None:
-    """What tests and users set for a block is gone after it, raised through or not."""
-    assert not selection.records and selection._forced is None
-    raised = pytest.raises(RuntimeError, match="on the way")
-    with raised, fpn_kernels.use_backend("eager"), selection.record_calls():
-        raise RuntimeError("on the way")
-    assert not selection.records and selection._forced is None
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")  # nothing is accumulated
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_several_cuda_streams(backend: str) -> None:
     """Each stream's work waits for what that stream made, and for nothing else."""
-    if Target(backend, "cuda", backend).unavailable():
+    # On a GPU the compiled library has the merge alone.
+    target = Target(backend, "cuda", backend, ("upsample_add",) if backend == "native" else ())
+    if target.unavailable():
         pytest.skip(f"{backend} is not available for this GPU")
     streams = [torch.cuda.Stream() for _ in range(4)]
-    # On a GPU the compiled library has the merge alone.
-    operators = _merge if backend == "native" else _operators
     with fpn_kernels.use_backend(backend):
-        jobs = [operators("cuda", torch.float32, seed) for seed in range(len(streams))]
+        jobs = [_jobs("cuda", torch.float32, target) for _ in streams]
         expected = [job() for job in jobs]
         torch.cuda.synchronize()
         for _ in range(5):
