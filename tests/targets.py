@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -149,6 +149,16 @@ def parameters(operator: str | None = None, device: str | None = None) -> list[A
         chosen.append(_ALL[-1])
     gpu = pytest.mark.gpu
     return [pytest.param(target, marks=gpu if target.device == "cuda" else ()) for target in chosen]
+
+
+def first_of_each(table: Mapping[Any, Sequence[Any]]) -> list[Any]:
+    """Triton's tiles by the key of their kernel: the first of each in `make test`, the others nightly."""
+    nightly = pytest.mark.nightly
+    return [
+        pytest.param(key, tile, id=f"{key}-{tile}", marks=() if tile is tiles[0] else nightly)
+        for key, tiles in table.items()
+        for tile in tiles
+    ]
 
 
 def description() -> str:

