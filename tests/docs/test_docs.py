@@ -255,6 +255,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.nightly
 def test_the_site_is_built_strictly_and_holds_every_page(site: Path) -> None:
     pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     expected = {str(path.relative_to("docs").with_suffix(".html")) for path in DOCUMENTS if path.parts[0] == "docs"}
@@ -262,6 +263,7 @@ def test_the_site_is_built_strictly_and_holds_every_page(site: Path) -> None:
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.nightly
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         loaded = re.findall(
@@ -270,6 +272,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert loaded == [], path.name
 
 
+@pytest.mark.nightly
 def test_every_public_name_is_rendered_with_its_sections(site: Path) -> None:
     rendered = "".join(path.read_text() for path in (site / "api").glob("*.html"))
     for name in fpn_kernels.__all__:
@@ -279,6 +282,7 @@ def test_every_public_name_is_rendered_with_its_sections(site: Path) -> None:
         assert rendered.count(section) >= 5, section
 
 
+@pytest.mark.nightly
 def test_included_documents_keep_their_links(site: Path) -> None:
     readme = (site / "readme.html").read_text()
     assert 'href="csrc.html"' in readme and 'href="contributing.html"' in readme

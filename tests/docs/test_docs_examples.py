@@ -58,6 +58,7 @@ def _in_order(expected: list[str], printed: list[str]) -> str | None:
     return next((line for line in expected if line not in rest), None)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")  # of the libraries
 @pytest.mark.filterwarnings(exporting.QUIET)
 # The wrapper of a program with symbolic sizes takes the C++ compiler ten seconds to optimise.
@@ -85,6 +86,7 @@ def test_the_examples_of_a_document_run_in_their_order(
         pytest.skip(f"all others ran: {'; '.join(left_out)}")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", range(len(PYTHON[Path("README.md")])))
 def test_an_example_of_the_readme_stands_alone(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what people copy."""

@@ -111,6 +111,7 @@ def test_both_pyramids_start_from_the_same_weights(proposals: ModuleType) -> Non
     assert not torch.equal(other.conv.weight, fused.conv.weight)
 
 
+@pytest.mark.nightly
 def test_fused_and_eager_learn_the_same(
     trainer: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +137,7 @@ def test_fused_and_eager_learn_the_same(
     assert {(0xF2, 0xA9, 0x3B), (0xFF, 0x2D, 0x2D)} <= colours, "the curve and the proposals are drawn"
 
 
+@pytest.mark.nightly
 def test_a_difference_beyond_the_tolerance_fails(trainer: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     right = trainer.ProposalNetwork.forward
 
@@ -164,6 +166,7 @@ def test_parting_is_judged_beside_the_control(trainer: ModuleType) -> None:
     assert judged([1.0, float("nan"), 1.0], [1.0, 2.0, 1.0]) == 1
 
 
+@pytest.mark.nightly
 def test_autocast_trains_the_same_too(trainer: ModuleType, tmp_path: Path) -> None:
     losses = tmp_path / "losses.json"
     assert trainer.main([*SMALL, "--steps", "12", "--amp", "--compare", f"--losses={losses}"]) == 0
@@ -171,6 +174,7 @@ def test_autocast_trains_the_same_too(trainer: ModuleType, tmp_path: Path) -> No
     assert np.mean(curve[-4:]) < 0.9 * np.mean(curve[:4])
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_learn_what_one_does(trainer: ModuleType, tmp_path: Path) -> None:
     together, alone = tmp_path / "together.json", tmp_path / "alone.json"

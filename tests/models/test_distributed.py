@@ -94,11 +94,13 @@ def _check(shares: list[dict[str, Tensor]]) -> None:
             torch.testing.assert_close(gradients[name], wanted, rtol=1e-4, atol=1e-6 + 1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.nightly
 @needs_gloo
 def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path: pathlib.Path) -> None:
     _check(_spawn(tmp_path, "ddp"))
 
 
+@pytest.mark.nightly
 @needs_gloo
 def test_fully_sharded_gradients_are_those_of_the_joined_batch(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP")
