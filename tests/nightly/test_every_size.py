@@ -12,10 +12,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from targets import needs_library
 from torch import Tensor
 
 from fpn_kernels import resampling
-from fpn_kernels.backends import native
 
 LARGEST_IN, LARGEST_OUT = 256, 512
 IN_SIZES = range(1, LARGEST_IN + 1)
@@ -23,8 +23,6 @@ IN_SIZES = range(1, LARGEST_IN + 1)
 OUT_SIZES = [range(first, LARGEST_OUT + 1, 8) for first in range(1, 9)]
 # The tables of all sizes of a source, one after another: where each one's source pixels begin.
 _FIRST = torch.tensor(IN_SIZES).cumsum(0) - torch.tensor(IN_SIZES)
-
-compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
 
 
 @functools.cache
@@ -51,7 +49,6 @@ def _expected_ranges(indices: Tensor) -> tuple[Tensor, Tensor]:
     return start - table * indices.shape[1], counts
 
 
-@pytest.mark.sampled(4)
 @pytest.mark.parametrize("out_sizes", OUT_SIZES, ids=str)
 @pytest.mark.parametrize("mode", resampling.NEAREST_MODES)
 def test_the_tables_in_python(mode: str, out_sizes: range) -> None:
@@ -67,8 +64,7 @@ def test_the_tables_in_python(mode: str, out_sizes: range) -> None:
         assert bool((counts <= longest.repeat_interleave(torch.tensor(IN_SIZES))).all()), out_size
 
 
-@compiled
-@pytest.mark.sampled(4)
+@needs_library
 @pytest.mark.parametrize("out_sizes", OUT_SIZES, ids=str)
 @pytest.mark.parametrize("mode", resampling.NEAREST_MODES)
 def test_the_tables_in_the_compiled_library(mode: str, out_sizes: range) -> None:

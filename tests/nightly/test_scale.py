@@ -1,11 +1,10 @@
-"""Long, thin, many and huge: shapes at which an index, a count of pixels or a share of the work runs over."""
+"""Long, thin, many and huge maps, at which an index, a count of pixels or a share of the work may overflow."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from samples import random_map
 from targets import INTERPRETED, Target
 from torch import Tensor
@@ -55,20 +54,15 @@ def test_thin_maps(thin: str, mode: str, channels: int, layout: str, target: Tar
 def test_thin_convolutions(thin: str, target: Target) -> None:
     size = THIN[thin]
     feature = random_map((1, 2, *size), torch.float32, target.device)
-    weight, bias = random_map((3, 2, 1, 1), torch.float32, target.device), torch.randn(3, device=target.device)
-    top = random_map((1, 3, *_half(size)), torch.float32, target.device)
-    with fpn_kernels.use_backend(target.backend):
-        result = fpn_kernels.lateral_connection(feature, weight, bias, top)
-        assert (
-            oracle.error(
-                result, reference.lateral_connection(*(x.double().cpu() for x in (feature, weight, bias, top)))
-            )
-            <= 1e-6
-        )
-        if target.implements("output_conv"):
-            taps = random_map((3, 2, 3, 3), torch.float32, target.device)
-            exact = F.conv2d(feature.double().cpu(), taps.double().cpu(), padding=1)
-            assert oracle.error(fpn_kernels.output_conv(feature, taps), exact) <= 1e-6
+    connect = [feature, random_map((3, 2, 1, 1), torch.float32, target.device), torch.randn(3, device=target.device)]
+    connect.append(random_map((1, 3, *_half(size)), torch.float32, target.device))
+    convolve = [feature, random_map((3, 2, 3, 3), torch.float32, target.device)]
+    for name, tensors in (("lateral_connection", connect), ("output_conv", convolve)):
+        if target.implements(name):
+            with fpn_kernels.use_backend(target.backend):
+                result = getattr(fpn_kernels, name)(*tensors)
+            exact = getattr(reference, name)(*(tensor.double().cpu() for tensor in tensors))
+            assert oracle.error(result, exact) <= 1e-6
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -1,7 +1,7 @@
-"""What a call allocates, and what training keeps: the results and the inputs, never a resized copy.
+"""The memory that a call allocates and that training keeps: results and inputs, never a resized copy.
 
-Allocations are read from PyTorch's profiler, which sees those of ATen and of the compiled library alike; what is kept
-for the backward, from autograd's own hooks.
+PyTorch's profiler records the allocations of ATen and of the compiled library; autograd's hooks record the tensors that
+are kept for the backward.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ from typing import Any
 import pytest
 import torch
 from nodes import NODES, fusion_weights, maps
-from samples import Sizes, random_map
+from samples import DTYPES, Sizes, random_map
+from targets import needs_library
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from twins import CHANNELS, WIDTH
 from twins import maps as pyramid_maps
 
 import fpn_kernels
-from fpn_kernels.backends import native
 
-compiled = pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
-
-# The resized copy (64 KB in 16 bits) is far above what a call may take beside its results.
+# The resized copy (64 KB in 16 bits) is far above the few bytes that a call may allocate besides its results.
 SIZES = Sizes(1, 16, (19, 29), (38, 57), "C5 to C4 of a 600 x 900 image")
-BESIDE = 8192
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MARGIN = 8192
 
 
 def allocated(call: Callable[[], Any]) -> int:
     """The bytes that a call allocates, whether it frees them again or not."""
-    call()  # whatever is made once and kept
-    # torch 2.11 warns of what it drops between cycles unless it is told to keep it.
+    call()  # makes everything that is made once
+    # torch 2.11 warns of events that it drops between cycles, except with this option.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = call()
     del result
@@ -55,13 +52,20 @@ def test_the_profiler_sees_a_resized_copy() -> None:
     """The measure itself: eager's chain allocates its result and the copy."""
     top, lateral = _merge(torch.float32)
     assert allocated(lambda: fpn_kernels.reference.upsample_add(top, lateral)) >= 2 * size_of(lateral)
-    assert size_of(lateral) <= allocated(lambda: lateral + 1) <= size_of(lateral) + BESIDE
+    assert size_of(lateral) <= allocated(lambda: lateral + 1) <= size_of(lateral) + MARGIN
 
 
-@compiled
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced-nhwc"])
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_library
+@pytest.mark.parametrize(
+    ("dtype", "mode", "layout"),
+    [
+        (torch.float32, "nearest", "nchw"),
+        (torch.bfloat16, "bilinear", "nhwc"),
+        (torch.float16, "nearest", "sliced"),
+        (torch.float64, "bilinear", "sliced-nhwc"),
+    ],
+    ids=str,
+)
 def test_merges_allocate_their_results_alone(dtype: torch.dtype, mode: str, layout: str) -> None:
     top, lateral = _merge(dtype, layout)
     inputs, weights = [lateral, top, lateral], fusion_weights(3, dtype=torch.promote_types(dtype, torch.float32))
@@ -74,12 +78,11 @@ def test_merges_allocate_their_results_alone(dtype: torch.dtype, mode: str, layo
         (lateral, lambda: operators.weighted_merge_backward(lateral, lateral, weights[0])),
     ):
         with fpn_kernels.use_backend("native"):
-            assert size_of(result) <= allocated(call) <= size_of(result) + BESIDE
+            assert size_of(result) <= allocated(call) <= size_of(result) + MARGIN
 
 
-@compiled
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@needs_library
+@pytest.mark.parametrize(("mode", "layout"), [("nearest", "nhwc"), ("bilinear", "nchw")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_lateral_connection_never_holds_a_resized_copy(dtype: torch.dtype, mode: str, layout: str) -> None:
     """Where PyTorch's convolution serves, one map beside the result: the lateral one, into which the top is merged."""
@@ -88,16 +91,16 @@ def test_a_lateral_connection_never_holds_a_resized_copy(dtype: torch.dtype, mod
     with fpn_kernels.use_backend("native"):
         without = allocated(lambda: fpn_kernels.lateral_connection(feature, weight))
         merged = allocated(lambda: fpn_kernels.lateral_connection(feature, weight, None, top, mode=mode))
-    assert size_of(lateral) <= merged <= max(size_of(lateral), without) + size_of(lateral) + BESIDE
+    assert size_of(lateral) <= merged <= max(size_of(lateral), without) + size_of(lateral) + MARGIN
     eager = allocated(lambda: fpn_kernels.reference.lateral_connection(feature, weight, None, top, mode=mode))
-    assert merged <= eager - size_of(lateral) + BESIDE
+    assert merged <= eager - size_of(lateral) + MARGIN
 
 
 # ------------------------------------------------------------------------------------- what training keeps
 
 
 def kept(call: Callable[[], Any]) -> list[Tensor]:
-    """What autograd saves for the backward, one a storage, without what is saved as None."""
+    """The tensors that autograd saves for the backward, one per storage."""
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

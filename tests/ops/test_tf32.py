@@ -1,4 +1,4 @@
-"""float32 on a GPU where PyTorch's switch for convolutions allows TF32: as exact as TF32, or as eager; and no less."""
+"""float32 on a GPU where PyTorch's switch for convolutions allows TF32: as exact as TF32 or as eager."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import oracle
 import pytest
 import torch
-from samples import random_map
-from targets import INTERPRETED, Target, parameters
+from operators import PUBLIC
+from samples import Make, of_tensors, random_map, tensors_of
+from targets import INTERPRETED, Target, clear_plans, parameters
 from torch import Tensor
 
 import fpn_kernels
-from fpn_kernels import functional, reference
-from fpn_kernels.backends import serving
 
 if INTERPRETED:
     pytest.skip("the interpreter is on: it has no tensor cores", allow_module_level=True)
@@ -36,7 +35,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 def tf32() -> Iterator[None]:
     switch, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
     switch.fp32_precision = "tf32"
-    serving.forget()
+    clear_plans()
     yield
     switch.fp32_precision = before
 
@@ -51,62 +50,20 @@ def _with_gradients(results: list[Tensor], leaves: list[Tensor]) -> list[Tensor]
     return [*(result.detach() for result in results), *grads]
 
 
-def _leaves(*tensors: Tensor, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    """On the device in float32, and on the CPU in float64."""
-    ours = [t.detach().to(device).requires_grad_() for t in tensors]
-    return ours, [t.detach().double().requires_grad_() for t in tensors]
-
-
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize(("channels", "size"), [((40, 72), (25, 38)), ((64, 64), (40, 64)), ((5, 10), (10, 13))])
-def test_lateral_connection(channels: tuple[int, int], size: tuple[int, int], layout: str, target: Target) -> None:
-    (cin, cout), (height, width) = channels, size
-    ours, exact = _leaves(
-        random_map((2, cin, height, width), torch.float32, layout=layout),
-        torch.randn(cout, cin) / cin**0.5,
-        torch.randn(cout),
-        random_map((2, cout, height // 2, width // 2), torch.float32, layout=layout),
-        device=target.device,
-    )
-    with fpn_kernels.use_backend(target.backend):
-        results = _with_gradients([fpn_kernels.lateral_connection(*ours)], ours)
-    eager = _with_gradients([reference.lateral_connection(*ours)], ours)
-    _check(results, eager, _with_gradients([oracle.lateral_connection(*exact)], exact))
-
-
-@pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("levels", [1, 3])
-@pytest.mark.parametrize(("cin", "cout"), [(64, 96), (24, 40), (16, 10)])
-def test_output_conv(cin: int, cout: int, levels: int, target: Target) -> None:
-    sizes = [(40, 33), (20, 17), (5, 4)][:levels]
-    tensors = [random_map((2, cin, *size), torch.float32, layout="nhwc") for size in sizes]
-    tensors += [torch.randn(cout, cin, 3, 3) / (9 * cin) ** 0.5 for _ in sizes] + [torch.randn(cout) for _ in sizes]
-    ours, exact = _leaves(*tensors, device=target.device)
-    groups = ours[:levels], ours[levels : 2 * levels], ours[2 * levels :]
-    with fpn_kernels.use_backend(target.backend):
-        results = _with_gradients(list(functional.output_conv_levels(*groups)), ours)
-    eager = _with_gradients([reference.output_conv(*level) for level in zip(*groups, strict=True)], ours)
-    wanted = [oracle.output_conv(*exact[level::levels]) for level in range(levels)]
-    _check(results, eager, _with_gradients(wanted, exact))
-
-
-@pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_top_down_pathway(layout: str, target: Target) -> None:
-    sizes, channels, width = [(40, 64), (20, 32), (10, 16)], (32, 64, 128), 48
-    tensors = [random_map((1, c, *s), torch.float32, layout=layout) for c, s in zip(channels, sizes, strict=True)]
-    tensors += [torch.randn(width, c) / c**0.5 for c in channels] + [torch.randn(width) for _ in channels]
-    ours, exact = _leaves(*tensors, device=target.device)
-    with fpn_kernels.use_backend(target.backend):
-        merged = fpn_kernels.top_down_pathway(ours[:3], ours[3:6], ours[6:])
-    results = _with_gradients(list(merged), ours)
-    eager = _with_gradients(list(reference.top_down_pathway(ours[:3], ours[3:6], ours[6:])), ours)
-    wanted: list[Tensor] = []
-    for level in (2, 1, 0):
-        top = wanted[-1] if wanted else None
-        wanted.append(oracle.lateral_connection(exact[level], exact[3 + level], exact[6 + level], top))
-    _check(results, eager, _with_gradients(wanted[::-1], exact), roundings=3)
+@pytest.mark.parametrize("name", ["lateral_connection", "output_conv", "output_conv_levels", "top_down_pathway"])
+def test_results_and_gradients(name: str, layout: str, target: Target) -> None:
+    op = next(op for op in PUBLIC if op.name == name)
+    for sample in op.samples:
+        arguments = sample.arguments(Make(torch.float32, target.device, layout))
+        ours = [tensor.requires_grad_() for tensor in tensors_of(arguments)]
+        wide = [tensor.detach().double().cpu().requires_grad_() for tensor in ours]
+        with fpn_kernels.use_backend(target.backend):
+            results = _with_gradients(of_tensors(op.call, arguments, sample.options)(*ours), ours)
+        eager = _with_gradients(of_tensors(op.eager, arguments, sample.options)(*ours), ours)
+        exact = _with_gradients(of_tensors(op.exact, arguments, sample.options)(*wide), wide)
+        _check(results, eager, exact, roundings=3)
 
 
 def test_the_switch_is_obeyed_from_call_to_call(target: Target) -> None:
