@@ -28,6 +28,9 @@ INSTALL := install --quiet --no-compile
 # Test processes side by side, where pytest-xdist is installed; one that has none left takes of those of another.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS) --dist worksteal" if u.find_spec("xdist") else "")')
 
+# The operator tests that run with sanitizers, with all tests of the compiled library.
+SANITIZED := $(addprefix tests/ops/test_,contract.py upsample_add.py lateral_connection.py output_conv.py weighted_merge.py reorder.py)
+
 # Other libraries, for the tests that run on them. torch's CUDA build runs on a CPU too. MMCV's pure Python build does.
 ECOSYSTEM_VENV ?= .venv-ecosystem
 ECOSYSTEM ?= torch==2.12.1 torchvision==0.27.1 segmentation-models-pytorch==0.6.0 effdet==0.4.1 \
@@ -107,7 +110,7 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FPN_KERNELS_LIBRARY=build/sanitize/lib/fpn_kernels/_native.so \
-	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/ops $$(find tests -name 'test_native*.py' -not -name test_native_build.py)
+	$(PY) -m pytest $(WORKERS) -k "native and not opcheck" $(ARGS) $(SANITIZED) $$(find tests -name 'test_native*.py' -not -name test_native_build.py)
 
 lint: $(READY)
 	$(PY) -m ruff check .

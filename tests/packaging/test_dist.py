@@ -1,4 +1,4 @@
-"""What is handed out: the sdist holds all that a build reads, and a wheel made from it computes wherever it is put."""
+"""The sdist holds all files that a build reads, and a wheel made from it computes in any folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import zipfile
 import pytest
 import setuptools
 from building import ROOT, setup_module
+from targets import needs_library
 
 from fpn_kernels import compatibility
 from fpn_kernels.backends import native
@@ -127,6 +128,7 @@ def test_the_sdist_holds_every_source_and_nothing_that_was_built(sdist: pathlib.
     assert [name for name in names if name.endswith((".so", ".o", ".pyc")) or "__pycache__" in name] == []
 
 
+@pytest.mark.nightly
 def test_a_wheel_made_from_the_sdist_without_a_compiler_computes(
     unpacked: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -155,7 +157,8 @@ if [ "$linking" ]; then cp '{library}' "$target"; else : > "$target"; fi
 """
 
 
-@pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
+@pytest.mark.nightly
+@needs_library
 @pytest.mark.skipif(setup_module().left_out() is not None, reason=f"cannot build here: {setup_module().left_out()}")
 def test_a_wheel_with_the_compiled_library_serves_by_it(unpacked: pathlib.Path, tmp_path: pathlib.Path) -> None:
     compiler = tmp_path / "compiler"
@@ -229,7 +232,7 @@ def test_all_ask_for_the_same_torch() -> None:
     assert f"0x{major:02x}{minor:02x}000000000000" == module.TORCH_TARGET_VERSION
 
 
-@pytest.mark.skipif(native.load_error() is not None, reason=f"no compiled library: {native.load_error()}")
+@needs_library
 @pytest.mark.skipif(setup_module().left_out() is not None, reason=f"cannot build here: {setup_module().left_out()}")
 def test_a_build_with_an_nvcc_of_another_version_goes_on_and_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
