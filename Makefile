@@ -1,4 +1,4 @@
-# Each command makes what it needs: `make test` and `make bench` work on a fresh clone.
+# `make test` and `make bench` work on a fresh clone: each command builds its own requirements.
 #
 #   make test                        in a virtual environment (.venv) that is made once and reused
 #   make test PYTHON=python3 VENV=   in the Python at hand, with nothing downloaded
@@ -20,12 +20,12 @@ endif
 # A test that hangs ends after this many seconds, where pytest-timeout is installed.
 export PYTEST_TIMEOUT ?= 300
 
-# Bytecode is kept, whatever the shell says: every test process would compile the tests anew. What is installed is
-# compiled when it is first imported, for most of it never is.
+# Bytecode is kept, whatever the shell says: every test process would compile the tests again. Installed packages are
+# compiled at their first import, and most of them are never imported.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install --quiet --no-compile
 
-# Test processes side by side, where pytest-xdist is installed; one that has none left takes of those of another.
+# Parallel test processes, where pytest-xdist is installed; an idle one takes tests of another one.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS) --dist worksteal" if u.find_spec("xdist") else "")')
 
 # The operator tests that run with sanitizers, with all tests of the compiled library.
@@ -49,14 +49,14 @@ help:
 	@echo 'make coverage  the lines that the tests of `make test` run; fails below 95 %'
 	@echo 'make test-large  the tests that take 16 GB of memory'
 	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
-	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
+	@echo 'make bench   the benchmarks on the best device here, compared with eager PyTorch'
 	@echo 'make build   the compiled library, fpn_kernels/_native.so (test and bench do this first)'
 	@echo 'make sanitize  the operator tests on the compiled library with sanitizers'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make format  rewrites the sources as `make lint` wants them'
+	@echo 'make format  formats the sources for `make lint`'
 	@echo 'make docs    the documents as a site, in site/'
 	@echo 'make dist    the source distribution, and a wheel made from it, in dist/'
-	@echo 'make clean   removes what the other commands made'
+	@echo 'make clean   removes the files of the other commands'
 	@echo 'With PYTHON=python3 VENV= each runs in the Python at hand. ARGS="..." is passed on.'
 
 $(VENV)/.ready: pyproject.toml setup.py
@@ -65,7 +65,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PY) -m pip $(INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-# ninja has nothing to do where no source has changed; what cannot be built here is left out, with the reason.
+# Only changed sources are compiled; a part that cannot be built here is left out, with the reason.
 build: $(READY)
 	$(PY) setup.py --quiet build_ext --inplace || echo 'fpn_kernels: left out the compiled library (its build needs setuptools >= 77)'
 
@@ -121,12 +121,12 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Strict: a link to nothing, a page that is in no menu, or a name that is not there ends it.
+# Strict: a dead link, a page in no menu or an unknown name fails the build.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 	@echo 'site/index.html'
 
-# The wheel from the source distribution, not from here: what that lacks shows.
+# Build the wheel from the sdist, so that a file missing from the sdist fails the build.
 dist: $(READY)
 	rm -rf dist
 	$(PY) setup.py --quiet sdist

@@ -154,12 +154,12 @@ _LATERAL_CONNECTION = Operator(
         Sample("the convolution alone, a 2-D weight", lambda m: (m.map(2, 6, 7, 8), m.weight(5, 6).flatten(1))),
         Sample("no top: no gain", lambda m: (m.map(1, 8, 4, 5), m.weight(3, 8), m.bias(3)), {"gain": 0.5}),
         Sample(
-            "no bias, bilinear, NHWC asked",
+            "no bias, bilinear, NHWC required",
             lambda m: (m.map(2, 6, 7, 8), m.weight(5, 6), None, m.map(2, 5, 3, 4)),
             {"mode": "bilinear", "memory_format": NHWC},
         ),
         Sample(
-            "whole tiles and whole ratio, NCHW asked",
+            "whole tiles and whole ratio, NCHW required",
             lambda m: (m.map(1, 64, 8, 12), m.weight(32, 64), m.bias(32), m.map(1, 32, 4, 6)),
             {"memory_format": NCHW},
         ),
@@ -216,7 +216,7 @@ _OUTPUT_CONV = Operator(
     samples=(
         Sample("tails in every dimension", lambda m: (m.map(2, 5, 10, 13), m.weight(10, 5, 3), m.bias(10))),
         Sample(
-            "whole vectors, no bias, NHWC asked",
+            "whole vectors, no bias, NHWC required",
             lambda m: (m.map(1, 32, 8, 12), m.weight(64, 32, 3)),
             {"memory_format": NHWC},
         ),
@@ -301,7 +301,7 @@ _OUTPUT_CONV_LEVELS = Operator(
     _levels(oracle.output_conv),
     samples=(
         Sample("a level without a bias", lambda m: _pyramid(m, 3, (True, False, True))),
-        Sample("NHWC asked, every bias", lambda m: _pyramid(m, 3, (True,) * 3), {"memory_format": NHWC}),
+        Sample("NHWC required, every bias", lambda m: _pyramid(m, 3, (True,) * 3), {"memory_format": NHWC}),
     ),
     like=lambda features, *_: features,
     arguments=_with_bias_levels,
@@ -316,7 +316,7 @@ _TOP_DOWN_PATHWAY = Operator(
     _without_format(_exact_pathway),
     samples=(
         Sample("levels without a bias", lambda m: _pyramid(m, 1, (True, False, False)), {"gain": 0.5}),
-        Sample("NHWC asked, every bias", lambda m: _pyramid(m, 1, (True,) * 3), {"memory_format": NHWC}),
+        Sample("NHWC required, every bias", lambda m: _pyramid(m, 1, (True,) * 3), {"memory_format": NHWC}),
         Sample("bilinear, no bias", lambda m: _pyramid(m, 1, ())[:2], {"mode": "bilinear"}),
     ),
     like=lambda features, *_: features,

@@ -1,4 +1,4 @@
-"""What the documents refer to is there: files, headings, commands, modules, variables, commits, public names."""
+"""Files, headings, commands, modules, variables, commits and public names in the documents exist."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _targets() -> set[str]:
 
 
 def _code(document: Path) -> str:
-    """What stands in code: fenced, indented or in backticks."""
+    """All code of a document: fenced, indented or in backticks."""
     text = TEXTS[document]
     fenced = [block.text for block in documents.blocks(document)]
     indented = re.findall(r"^(?: {4}|\t)(.*)$", text, flags=re.MULTILINE)
@@ -153,7 +153,7 @@ def test_every_public_name_has_a_place_in_the_api_pages() -> None:
     pages = "".join(text for path, text in TEXTS.items() if path.parts[:2] == ("docs", "api"))
     shown = re.findall(r"^::: fpn_kernels\.(\w+)$", pages, flags=re.MULTILINE)
     assert sorted(shown) == sorted(set(shown)), "a name twice"
-    # What is documented beside: the modules of formulas, and the version in a sentence of its own.
+    # Documented elsewhere: the modules of formulas, and the version in a sentence of its own.
     assert set(shown) - {"roofline", "resampling"} == set(fpn_kernels.__all__) - {"__version__"}
     assert "`fpn_kernels.__version__`" in pages
 
@@ -208,7 +208,7 @@ def _luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_drawing_is_legible(scheme: str) -> None:
-    """A contrast of at least 4.5 (WCAG 2.1, AA) of each text with what it stands on, which the drawing brings along."""
+    """A contrast of at least 4.5 (WCAG 2.1, AA) of each text against its own background."""
     style = (ROOT / "docs" / "pyramid.svg").read_text().split("<style>")[1].split("</style>")[0]
     light, dark = style.split("@media (prefers-color-scheme: dark)")
     colours: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Docstrings of the public names: what each has to state, and that what it states is so."""
+"""Docstrings of the public names: their sections are complete, and their statements are true."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODULES = {name for name, value in CALLABLES.items() if isinstance(value, type) 
 # These take maps and return maps.
 OPERATORS = {"upsample_add", "lateral_connection", "output_conv", "top_down_pathway", "weighted_merge"}
 
-# What a name has nothing to say about, and why.
+# Sections that a name does not have, and why.
 EXEMPT = {
     ("available_backends", "Raises"): "nothing can go wrong",
     ("available_backends", "Source"): "a matter of this library",
@@ -38,7 +38,7 @@ _SHAPE = re.compile(r"``\[[\w, ()*/]+(\[\w+\][\w, ]*)*\]``")
 
 
 def sections(value: Any) -> dict[str, str]:
-    """The sections of a docstring (Google's style) by their headings; what stands outside of any is ""."""
+    """The sections of a docstring (Google's style) by their headings; text outside of any is under ""."""
     found: dict[str, list[str]] = {"": []}
     current = ""
     for line in (inspect.getdoc(value) or "").splitlines():
@@ -247,7 +247,7 @@ EXAMPLES = {name: "\n".join(blocks) for name, value in CALLABLES.items() if (blo
 
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What the examples take for granted: maps, and pyramids to work on."""
+    """The variables of the examples: maps and pyramids."""
     stand_ins.install(monkeypatch)
     import torchvision
 

@@ -18,14 +18,14 @@ from torch._inductor import config as inductor_config
 from fpn_kernels.interop.dialects import DIALECTS
 from fpn_kernels.interop.swapping import is_fused
 
-# What is done with a block of each language: "python" is run here, "sh" is read by test_docs.py.
+# Blocks of "python" are run here; test_docs.py checks those of "sh".
 LANGUAGES = {"python", "sh", "text"}
 PYTHON = {
     document: [block for block in documents.blocks(document) if block.language == "python"] for document in DOCUMENTS
 }
 PAGES = [document for document, blocks in PYTHON.items() if blocks]
 
-# What a block with these words needs beside the library: a module, or one of some programs.
+# The modules that a block with these words needs.
 NEEDS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 COMPILES = ("torch.compile(", "aoti_compile")
 
@@ -42,7 +42,7 @@ def _missing(block: Block) -> str | None:
 
 
 def _said(block: Block) -> list[str]:
-    """What the block's comments say that it prints, line by line."""
+    """The lines that the block prints, from its comments."""
     return re.findall(r"# prints (.*)$", block.text, flags=re.MULTILINE)
 
 
@@ -68,7 +68,7 @@ def test_the_examples_of_a_document_run_in_their_order(
     document: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_ins.install(monkeypatch)
-    monkeypatch.chdir(tmp_path)  # what they write
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     variables: dict[str, Any] = {}
     left_out: list[str] = []
     for block in PYTHON[document]:
@@ -89,7 +89,7 @@ def test_the_examples_of_a_document_run_in_their_order(
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", range(len(PYTHON[Path("README.md")])))
 def test_an_example_of_the_readme_stands_alone(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what people copy."""
+    """People copy a single example."""
     stand_ins.install(monkeypatch)
     _run(Path("README.md"), PYTHON[Path("README.md")][number], {})
 

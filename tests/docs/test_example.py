@@ -1,4 +1,4 @@
-"""`examples/pyramid_of_a_photo.py`: the table, the figure, and what it says when something is missing."""
+"""`examples/pyramid_of_a_photo.py`: the table, the figure, and the errors for missing files and packages."""
 
 from __future__ import annotations
 

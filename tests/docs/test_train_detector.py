@@ -1,4 +1,4 @@
-"""`examples/train_detector.py`: its parts, and that fused and eager learn the same, in one process and in two."""
+"""`examples/train_detector.py`: its parts; fused and eager learn the same, in one process and in two."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_difference_beyond_the_tolerance_fails(trainer: ModuleType, capsys: py
     assert "error: in step 0 the fused run parts from eager as no rounding would" in capsys.readouterr().err
 
 
-def test_parting_is_judged_beside_the_control(trainer: ModuleType) -> None:
+def test_a_difference_is_compared_with_the_control(trainer: ModuleType) -> None:
     def judged(fused: list[float], control: list[float], tolerance: float = 1e-3) -> int | None:
         curves = {"eager": [1.0, 2.0, 1.0], "fused": fused, "control": control}
         runs = {name: trainer.Run(torch.nn.Identity(), losses=losses) for name, losses in curves.items()}

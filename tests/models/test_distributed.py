@@ -1,4 +1,4 @@
-"""Training over several processes, and in less memory: gradients as in one process that keeps everything."""
+"""Training over several processes and with checkpointing: the gradients are those of one process."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_fully_sharded_gradients_are_those_of_the_joined_batch(tmp_path: pathlib
 def test_activation_checkpointing(
     mode: str, norm_layer: Callable[[int], nn.Module] | None, use_reentrant: bool
 ) -> None:
-    """What is computed twice has the same bits twice: so do the gradients."""
+    """A recomputed result has the same bits, and so have the gradients."""
     network = _network(norm_layer, mode)
     plain = copy.deepcopy(network)
     features = OrderedDict((name, x.requires_grad_()) for name, x in maps(2).items())

@@ -124,9 +124,9 @@ def convolutions(draw: st.DrawFn, kernel_size: int) -> Convolution:
 def _gradients(run: Callable[..., Tensor], leaves: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """The result, then one gradient a leaf that asks for one; the others have None."""
     result = run(*leaves)
-    asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    assert result.requires_grad == bool(asked)
-    found = iter(torch.autograd.grad(result, asked, grad) if asked else ())
+    required = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    assert result.requires_grad == bool(required)
+    found = iter(torch.autograd.grad(result, required, grad) if required else ())
     return [result.detach(), *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)]
 
 

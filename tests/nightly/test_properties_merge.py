@@ -104,9 +104,9 @@ def test_upsample_add(target: Target, case: Merge) -> None:
 
     def compute() -> list[Tensor | None]:
         result = fpn_kernels.upsample_add(*leaves, **options)
-        asked = [leaf for leaf in leaves if leaf.requires_grad]
-        assert result.requires_grad == bool(asked)
-        gradients = iter(torch.autograd.grad(result, asked, grad) if asked else ())
+        required = [leaf for leaf in leaves if leaf.requires_grad]
+        assert result.requires_grad == bool(required)
+        gradients = iter(torch.autograd.grad(result, required, grad) if required else ())
         return [result.detach(), *(next(gradients) if leaf.requires_grad else None for leaf in leaves)]
 
     results = at_every_level(target, compute)
@@ -213,9 +213,9 @@ def test_weighted_merge(target: Target, data: st.DataObject) -> None:
     def compute() -> list[Tensor | None]:
         *inputs, factors = leaves
         result = fpn_kernels.weighted_merge(inputs, factors, normalization=case.normalization, mode=case.mode)
-        asked = [leaf for leaf in leaves if leaf.requires_grad]
-        assert result.requires_grad == bool(asked)
-        gradients = iter(torch.autograd.grad(result, asked, grad) if asked else ())
+        required = [leaf for leaf in leaves if leaf.requires_grad]
+        assert result.requires_grad == bool(required)
+        gradients = iter(torch.autograd.grad(result, required, grad) if required else ())
         return [result.detach(), *(next(gradients) if leaf.requires_grad else None for leaf in leaves)]
 
     results = at_every_level(target, compute)

@@ -39,8 +39,8 @@ def no_worse_than_eager(result: Tensor, eager: Tensor, exact: Tensor, size: Tens
 def _longer_sums(case: Pathway | Network, dtype: torch.dtype) -> float:
     """What the bound above grows by: a gradient may add up as many numbers as there are pixels.
 
-    Three times the usual error of a sum of so many, see `test_properties_convolutions.py`, which beside the rounding
-    of a 16-bit result is nothing.
+    Three times the usual error of a sum of so many, see `test_properties_convolutions.py`, which is negligible
+    next to the rounding of a 16-bit result.
     """
     if dtype not in (torch.float32, torch.float64):
         return 1.0
@@ -137,10 +137,10 @@ def _run(module: object, case: Pathway, leaves: Tensors, grads: list[Tensor]) ->
     used = [
         (level, grad) for level, grad, use in zip(merged, grads, case.used, strict=True) if use and level.requires_grad
     ]
-    asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(asked)
+    required = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(required)
     if used:
-        found = torch.autograd.grad([x for x, _ in used], asked, [grad for _, grad in used], allow_unused=True)
+        found = torch.autograd.grad([x for x, _ in used], required, [grad for _, grad in used], allow_unused=True)
     rest = iter(found)
     return [x.detach() for x in merged], [
         next(rest) if leaf is not None and leaf.requires_grad else None for leaf in leaves
@@ -167,7 +167,7 @@ def test_top_down_pathway(target: Target, case: Pathway) -> None:
     at_every_level(target, lambda: computed.append(_run(fpn_kernels, case, leaves, grads)) or [])  # type: ignore[func-returns-value]
     eager = _run(reference, case, leaves, grads)
     exact = _run(oracle, case, _copies(leaves, case), [grad.double().cpu() for grad in grads])
-    # The sums of the squares of what is added up: how large a sum of random terms comes out.
+    # The sums of the squares of the terms: the size of a sum of random terms.
     squared = dataclasses.replace(case, gain=case.gain**2)
     squares = _run(oracle, squared, _copies(leaves, case, 2), [grad.double().cpu() ** 2 for grad in grads])
     for merged, gradients in computed:
@@ -218,7 +218,7 @@ def networks(draw: st.DrawFn) -> Network:
         batch=path.batch,
         cins=path.cins,
         sizes=path.sizes,
-        # The spread of a few numbers may be next to nothing, and what is divided by it any number.
+        # The spread of a few numbers may be near zero, and a quotient by it any number.
         norm=draw(st.sampled_from([name for name in NORMS if name != "group" or fewest >= 16])),
         mode=path.mode,
         fuse_type=draw(st.sampled_from(("sum", "avg"))),
@@ -292,7 +292,7 @@ def test_feature_pyramid_network(target: Target, case: Network) -> None:
         [x.double().cpu() for x in grads],
     )
     levels = len(case.sizes)
-    # A gradient that cancels has the rounding of what it came from: of the others'.
+    # A gradient that cancels has the rounding of its terms: of the other gradients' size.
     typical = sum(float(x.norm()) ** 2 for x in exact[levels:]) ** 0.5 / len(exact[levels:]) ** 0.5
     for results in computed:
         if case.norm != "group":

@@ -85,7 +85,7 @@ def test_merges_allocate_their_results_alone(dtype: torch.dtype, mode: str, layo
 @pytest.mark.parametrize(("mode", "layout"), [("nearest", "nhwc"), ("bilinear", "nchw")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_lateral_connection_never_holds_a_resized_copy(dtype: torch.dtype, mode: str, layout: str) -> None:
-    """Where PyTorch's convolution serves, one map beside the result: the lateral one, into which the top is merged."""
+    """PyTorch's convolution needs one more map than the result: the lateral one, into which the top is merged."""
     top, lateral = _merge(dtype, layout)
     feature, weight = random_map((1, 8, *SIZES.fine), dtype, layout=layout), random_map((16, 8, 1, 1), dtype)
     with fpn_kernels.use_backend("native"):
@@ -151,7 +151,7 @@ def test_a_pathway_keeps_its_features_and_weights() -> None:
     assert _are(kept(lambda: fpn_kernels.top_down_pathway(features, weights, biases)), [*features, *weights])
 
 
-def test_a_network_keeps_one_map_a_convolution() -> None:
+def test_a_network_keeps_one_map_per_convolution() -> None:
     """Each convolution's input and weight: the features, and the merged maps that the output convolutions read."""
     network = fpn_kernels.FeaturePyramidNetwork(CHANNELS, WIDTH)
     features = pyramid_maps(1, grad=True)

@@ -93,9 +93,9 @@ def _no_worse(result: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) 
 
 
 def _laid_out(op: Operator, sample: Sample, arguments: Any, results: Sequence[Tensor]) -> None:
-    asked = sample.options.get("memory_format")
+    required = sample.options.get("memory_format")
     for result, like in zip(results, op.like(*arguments), strict=False):
-        assert result.is_contiguous(memory_format=asked or suggest_memory_format(like))
+        assert result.is_contiguous(memory_format=required or suggest_memory_format(like))
 
 
 # ----------------------------------------------------------------------------------------------------- numbers

@@ -25,14 +25,14 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("asked", FORMATS)
-def test_every_element_arrives(asked: str, layout: str, target: Target) -> None:
+@pytest.mark.parametrize("wanted", FORMATS)
+def test_every_element_arrives(wanted: str, layout: str, target: Target) -> None:
     target.require_operator("reorder")
     for shape, dtype in itertools.product(SHAPES[:-1], target.dtypes()):
         source = random_map(shape, dtype, target.device, layout)
         before = source.clone()
         with target.serves("reorder"):
-            result = torch.ops.fpn_kernels.reorder(source, memory_format=FORMATS[asked])
+            result = torch.ops.fpn_kernels.reorder(source, memory_format=FORMATS[wanted])
         assert torch.equal(result, source) and torch.equal(source, before)
-        assert result.is_contiguous(memory_format=FORMATS[asked])
+        assert result.is_contiguous(memory_format=FORMATS[wanted])
         assert result.data_ptr() != source.data_ptr()

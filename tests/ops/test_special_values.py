@@ -47,7 +47,7 @@ def _every_pair(dtype: torch.dtype, target: Target, layout: str) -> tuple[Tensor
     count = len(values)
     top = values.view(1, 1, 1, count).expand(1, 16, 3, count)
     lateral = values.view(1, 1, count, 1).expand(1, 16, count, 2 * count)
-    return tuple(x.to(target.device).contiguous(memory_format=LAYOUTS[layout]) for x in (top, lateral))
+    return tuple(x.to(target.device).contiguous(memory_format=FORMATS[layout]) for x in (top, lateral))
 
 
 def same(result: Tensor, expected: Tensor) -> None:
@@ -98,11 +98,11 @@ def test_a_scaled_merge(dtype: torch.dtype, layout: str, target: Target) -> None
 def test_a_bilinear_merge_of_what_is_not_finite(dtype: torch.dtype, layout: str, target: Target) -> None:
     """A weight of zero is a factor too: infinity times zero is NaN in eager, and here."""
     target.require(dtype)
-    lateral = torch.zeros(1, 16, 7, 12, dtype=dtype, device=target.device).contiguous(memory_format=LAYOUTS[layout])
+    lateral = torch.zeros(1, 16, 7, 12, dtype=dtype, device=target.device).contiguous(memory_format=FORMATS[layout])
     for value in (math.nan, math.inf, -math.inf):
         top = torch.ones(1, 16, 4, 5, dtype=dtype, device=target.device)
         top[0, 3, 2, 2] = value
-        top = top.contiguous(memory_format=LAYOUTS[layout])
+        top = top.contiguous(memory_format=FORMATS[layout])
         with target.serves("upsample_add"):
             result = fpn_kernels.upsample_add(top, lateral, mode="bilinear")
         touched = reference.upsample_add(top.isfinite().logical_not().float(), lateral.float(), mode="bilinear") > 0
@@ -118,7 +118,7 @@ def test_a_gradient_of_any_values(mode: str, dtype: torch.dtype, layout: str, ta
     target.require(dtype)
     values = torch.tensor(_special(dtype, target), dtype=torch.float64).to(dtype)
     grad = values.repeat_interleave(2).view(1, 1, 1, -1).expand(1, 16, 1, -1)
-    grad = grad.to(target.device).contiguous(memory_format=LAYOUTS[layout])
+    grad = grad.to(target.device).contiguous(memory_format=FORMATS[layout])
     top = torch.zeros(1, 16, 1, len(values), dtype=dtype, device=target.device, requires_grad=True)
     with fpn_kernels.use_backend(target.backend):
         fpn_kernels.upsample_add(top, grad, mode=mode).backward(grad)
@@ -154,7 +154,7 @@ CIN, COUT, SIZE = 17, 16, (9, 20)
 def _convolution(kernel_size: int, dtype: torch.dtype, target: Target, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     feature = torch.randn(1, CIN, *SIZE).to(target.device, dtype)
     weight = torch.rand(COUT, CIN, kernel_size, kernel_size).to(target.device, dtype) + 0.5
-    return feature.contiguous(memory_format=LAYOUTS[layout]), weight, torch.randn(COUT).to(target.device, dtype)
+    return feature.contiguous(memory_format=FORMATS[layout]), weight, torch.randn(COUT).to(target.device, dtype)
 
 
 def _convolve(kernel_size: int, feature: Tensor, weight: Tensor, bias: Tensor | None, target: Target) -> Tensor:

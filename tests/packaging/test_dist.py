@@ -19,9 +19,9 @@ from fpn_kernels import compatibility
 from fpn_kernels.backends import native
 from fpn_kernels.version import __version__
 
-HANDED_OUT = ("csrc", "fpn_kernels", "tests", "benchmarks", "examples", "docs")
+DISTRIBUTED = ("csrc", "fpn_kernels", "tests", "benchmarks", "examples", "docs")
 
-# Run in a process of its own, somewhere else, with nothing but the installed package on the path.
+# Runs in another process and folder, with only the installed package on the path.
 SMOKE = """
 import importlib.metadata, pathlib, sys
 import torch
@@ -65,24 +65,24 @@ def _run(*command: object, cwd: pathlib.Path, **environment: str) -> subprocess.
 
 
 def _of_the_project() -> set[str]:
-    """Paths of what is handed out, as git has them; in an unpacked sdist, as they lie there."""
+    """Paths of the distributed files: those that git tracks, or all files of an unpacked sdist."""
     if (ROOT / ".git").exists() and shutil.which("git"):
-        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *HANDED_OUT]
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *DISTRIBUTED]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
         return {path for path in listed if path and (ROOT / path).is_file()}
-    found = (path for name in HANDED_OUT for path in (ROOT / name).rglob("*") if path.is_file())
+    found = (path for name in DISTRIBUTED for path in (ROOT / name).rglob("*") if path.is_file())
     return {str(path.relative_to(ROOT)) for path in found if path.suffix not in (".so", ".pyc")}
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Made in a copy of the project: setuptools writes beside the sources."""
+    """Built in a copy of the project: setuptools writes next to the sources."""
     tree = tmp_path_factory.mktemp("project")
     tops = [path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".")]
     for path in (*tops, *_of_the_project()):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tree / path)
-    # What an earlier build leaves is not handed out.
+    # The files of an earlier build are not distributed.
     (tree / "fpn_kernels" / "_native.so").write_bytes(b"of an earlier build")
     (tree / "csrc" / "cpu" / "tables.o").write_bytes(b"of an earlier build")
     (tree / "fpn_kernels" / "__pycache__").mkdir()
@@ -107,8 +107,8 @@ def _wheel(unpacked: pathlib.Path, **environment: str) -> pathlib.Path:
 
 
 def _smoke(wheel: pathlib.Path, tmp_path: pathlib.Path) -> str:
-    """What the installed package says; it lies in a folder of its own, beside the torch that is here."""
-    # Asked in another process: pip, once looked for in this one, takes setuptools' distutils away.
+    """The output of the installed package, in a folder of its own."""
+    # In another process: a look for pip in this one would remove setuptools' distutils.
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
         pytest.skip("an installation needs pip")
     place, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
@@ -138,12 +138,12 @@ def test_a_wheel_made_from_the_sdist_without_a_compiler_computes(
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     modules = {path for path in _of_the_project() if path.startswith("fpn_kernels/")}
-    assert names == modules, "the package, whole, and nothing beside it"
+    assert names == modules, "the whole package, and no other file"
     said = _smoke(wheel, tmp_path)
     assert "native does not: the compiled library was not built" in said and "served by eager" in said
 
 
-# Takes for compiled what is compiled already: the wheel is under test here, and test_native_build.py has the compiler.
+# Stands in for a compiler with the compiled library: test_native_build.py tests the build.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -188,7 +188,7 @@ def _nvcc(directory: pathlib.Path, version: str) -> str:
         ("13.0", "None", None),  # the CPU build of torch
     ],
 )
-def test_an_nvcc_of_another_major_version_is_told(
+def test_an_nvcc_of_another_major_version_is_reported(
     of_nvcc: str, of_torch: str, expected: str | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = setup_module()
@@ -225,7 +225,7 @@ def test_a_build_with_an_old_torch_leaves_the_library_out(
     assert seen.get("said") == (None if expected is None else f"left out the compiled library: {expected}")
 
 
-def test_all_ask_for_the_same_torch() -> None:
+def test_all_require_the_same_torch() -> None:
     module = setup_module()
     major, minor = module.OLDEST_TORCH
     assert (major, minor) == compatibility.OLDEST_TORCH

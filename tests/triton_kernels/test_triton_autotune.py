@@ -62,24 +62,24 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return runs
 
 
-def _ask(
+def _fastest(
     runs: list[str], size: int = 1, candidates: tuple[str, ...] = CANDIDATES, dtype: torch.dtype = torch.half
 ) -> str:
     return autotune.fastest("op", ("nhwc", size), torch.empty(1, dtype=dtype), candidates, "slow", runs.append)
 
 
 def test_the_fastest_that_runs_is_chosen_once_a_class(cache: pathlib.Path, measured: list[str]) -> None:
-    assert [_ask(measured) for _ in range(3)] == ["fast"] * 3
+    assert [_fastest(measured) for _ in range(3)] == ["fast"] * 3
     assert measured == list(CANDIDATES)
-    _ask(measured, size=2)
-    _ask(measured, dtype=torch.bfloat16)
+    _fastest(measured, size=2)
+    _fastest(measured, dtype=torch.bfloat16)
     assert len(measured) == 3 * len(CANDIDATES)
 
 
 def test_a_later_process_reads_the_answer(
     cache: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _ask(measured)
+    _fastest(measured)
     answers = json.loads(cache.read_text())
     ((key, answer),) = answers.items()
     assert answer == repr("fast")
@@ -87,18 +87,18 @@ def test_a_later_process_reads_the_answer(
         assert part in key
     assert [path.name for path in cache.parent.iterdir()] == [cache.name], "no temporary file is left"
     _forget(monkeypatch)
-    assert _ask(measured) == "fast" and measured == list(CANDIDATES)
+    assert _fastest(measured) == "fast" and measured == list(CANDIDATES)
     # Another version of anything measures again, and so does an answer that is no candidate any more.
     monkeypatch.setattr(autotune, "__version__", "0.0.0")
-    assert _ask(measured) == "fast" and len(measured) == 2 * len(CANDIDATES)
+    assert _fastest(measured) == "fast" and len(measured) == 2 * len(CANDIDATES)
     _forget(monkeypatch)
-    assert _ask(measured, candidates=("slow", "broken")) == "slow" and len(measured) == 2 * len(CANDIDATES) + 2
+    assert _fastest(measured, candidates=("slow", "broken")) == "slow" and len(measured) == 2 * len(CANDIDATES) + 2
 
 
 def test_answers_of_other_processes_are_kept(cache: pathlib.Path, measured: list[str]) -> None:
-    _ask(measured, size=1)
+    _fastest(measured, size=1)
     cache.write_text(json.dumps({**json.loads(cache.read_text()), "theirs": "x"}))
-    _ask(measured, size=2)
+    _fastest(measured, size=2)
     assert len(json.loads(cache.read_text())) == 3 and json.loads(cache.read_text())["theirs"] == "x"
 
 
@@ -118,8 +118,8 @@ def test_a_corrupt_cache_is_ignored_with_one_warning(content: bytes, cache: path
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content)
     with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: reading .* failed, it is ignored") as caught:
-        assert _ask(measured) == "fast"
-        assert _ask(measured, size=2) == "fast"
+        assert _fastest(measured) == "fast"
+        assert _fastest(measured, size=2) == "fast"
     assert len(caught) == 1
     assert len(json.loads(cache.read_text())) == 2, "and replaced by a sound one"
 
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_ignored_with_one_warning(
 ) -> None:
     cache.parent.parent.joinpath("fpn_kernels").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: .* failed, it is ignored") as caught:
-        assert [_ask(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
+        assert [_fastest(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
     assert len(caught) == 1 and len(measured) == 2 * len(CANDIDATES)
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_file_is_ignored_with_one_warning(kind: str, cache: pathlib.P
     }
     make[kind]()
     with pytest.warns(UserWarning, match="FPN_KERNELS_AUTOTUNE: .* failed, it is ignored") as caught:
-        assert [_ask(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
+        assert [_fastest(measured, size=size) for size in (1, 2, 1)] == ["fast"] * 3
     assert len(caught) == 1 and len(measured) == 2 * len(CANDIDATES)
     assert kind == "folder" or len(json.loads(cache.read_text())) == 2, "replaced by a sound one"
     assert list(cache.parent.iterdir()) == [cache]
@@ -172,20 +172,20 @@ def test_other_errors_are_not_swallowed(measured: list[str]) -> None:
         autotune.fastest("op", (), torch.empty(1), CANDIDATES, "slow", fails)
 
 
-def test_nothing_is_measured_unless_asked(
+def test_nothing_is_measured_by_default(
     tmp_path: pathlib.Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for enabled in (False, True):  # the second time, because the tensor is the CPU's
         monkeypatch.setattr(autotune, "ENABLED", enabled)
-        assert _ask(measured) == "slow"
+        assert _fastest(measured) == "slow"
     monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU")
-    assert _ask(measured, candidates=("slow",)) == "slow"
+    assert _fastest(measured, candidates=("slow",)) == "slow"
     assert not measured and not list(tmp_path.iterdir())
 
 
 def test_the_variable() -> None:
-    """In a process of its own, and in that one anew for each value: what others have imported stays as it is."""
+    """In another process, with a reload per value: the modules of this process stay as they are."""
     expected = {"": False, "0": False, "1": True, "on": True}
     code = (
         "import importlib, os, sys\n"
@@ -226,9 +226,9 @@ def test_without_a_home_answers_are_the_processs(
     for name in ("_read", "_write"):
         monkeypatch.setattr(autotune, name, lambda *arguments: pytest.fail("a file was used"))
     assert autotune.directory() is None
-    assert [_ask(measured) for _ in range(2)] == ["fast"] * 2 and measured == list(CANDIDATES)
+    assert [_fastest(measured) for _ in range(2)] == ["fast"] * 2 and measured == list(CANDIDATES)
     monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Another GPU")
-    assert _ask(measured) == "fast" and len(measured) == 2 * len(CANDIDATES), "an answer is that of one device"
+    assert _fastest(measured) == "fast" and len(measured) == 2 * len(CANDIDATES), "an answer is that of one device"
 
 
 # ------------------------------------------------------------------------------------------------ the kernels' tables

@@ -165,7 +165,7 @@ def test_arguments_are_bound_once(driver: no_launch.Driver, monkeypatch: pytest.
     run(*make(1.0))
 
     def again(*arguments: Any, **keywords: Any) -> None:
-        raise AssertionError("Triton was asked a second time")
+        raise AssertionError("Triton bound the arguments a second time")
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", again)
     run(*make(1.0))
