@@ -1,4 +1,4 @@
-# Each command makes what it needs: `make test` and `make bench` work on a fresh clone.
+# `make test` and `make bench` work on a fresh clone: each command builds its own requirements.
 #
 #   make test                        in a virtual environment (.venv) that is made once and reused
 #   make test PYTHON=python3 VENV=   in the Python at hand, with nothing downloaded
@@ -20,13 +20,16 @@ endif
 # A test that hangs ends after this many seconds, where pytest-timeout is installed.
 export PYTEST_TIMEOUT ?= 300
 
-# Bytecode is kept, whatever the shell says: every test process would compile the tests anew. What is installed is
-# compiled when it is first imported, for most of it never is.
+# Bytecode is kept, whatever the shell says: every test process would compile the tests again. Installed packages are
+# compiled at their first import, and most of them are never imported.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := install --quiet --no-compile
 
-# Test processes side by side, where pytest-xdist is installed; one that has none left takes of those of another.
+# Parallel test processes, where pytest-xdist is installed; an idle one takes tests of another one.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n $(JOBS) --dist worksteal" if u.find_spec("xdist") else "")')
+
+# The operator tests that run with sanitizers, with all tests of the compiled library.
+SANITIZED := $(addprefix tests/ops/test_,contract.py upsample_add.py lateral_connection.py output_conv.py weighted_merge.py reorder.py)
 
 # Other libraries, for the tests that run on them. torch's CUDA build runs on a CPU too. MMCV's pure Python build does.
 ECOSYSTEM_VENV ?= .venv-ecosystem
@@ -41,19 +44,19 @@ SEED ?= 1
 
 help:
 	@echo 'make test    the tests, then the Triton kernels under their interpreter'
-	@echo 'make test-nightly  all cases of the tests of which `make test` draws a part, and many more of the property tests'
+	@echo 'make test-nightly  the slow tests that `make test` leaves out, and many random cases of each property'
 	@echo 'make test-random SEED=7  the tests of `make test` in another order'
 	@echo 'make coverage  the lines that the tests of `make test` run; fails below 95 %'
 	@echo 'make test-large  the tests that take 16 GB of memory'
 	@echo 'make test-ecosystem  the tests on torchvision and other libraries, in an environment of their own (5 GB)'
-	@echo 'make bench   the benchmarks on the best device here, and the comparison with eager PyTorch'
+	@echo 'make bench   the benchmarks on the best device here, compared with eager PyTorch'
 	@echo 'make build   the compiled library, fpn_kernels/_native.so (test and bench do this first)'
 	@echo 'make sanitize  the operator tests on the compiled library with sanitizers'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make format  rewrites the sources as `make lint` wants them'
+	@echo 'make format  formats the sources for `make lint`'
 	@echo 'make docs    the documents as a site, in site/'
 	@echo 'make dist    the source distribution, and a wheel made from it, in dist/'
-	@echo 'make clean   removes what the other commands made'
+	@echo 'make clean   removes the files of the other commands'
 	@echo 'With PYTHON=python3 VENV= each runs in the Python at hand. ARGS="..." is passed on.'
 
 $(VENV)/.ready: pyproject.toml setup.py
@@ -62,7 +65,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PY) -m pip $(INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-# ninja has nothing to do where no source has changed; what cannot be built here is left out, with the reason.
+# Only changed sources are compiled; a part that cannot be built here is left out, with the reason.
 build: $(READY)
 	$(PY) setup.py --quiet build_ext --inplace || echo 'fpn_kernels: left out the compiled library (its build needs setuptools >= 77)'
 
@@ -72,10 +75,8 @@ test: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter $(ARGS) || [ $$? -eq 5 -a -n '$(ARGS)' ]
 
 test-nightly: build
-	FPN_KERNELS_ALL_CASES=1 $(PY) -m pytest $(WORKERS) -m "sampled or nightly" $(ARGS)
-	FPN_KERNELS_ALL_CASES=1 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "(sampled or nightly) and interpreter" $(ARGS)
-	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(ARGS) tests/test_properties_*.py
-	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS) tests/test_properties_*.py
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(WORKERS) -m nightly $(ARGS)
+	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "nightly and interpreter" $(ARGS)
 
 test-random: build
 	$(PY) -m pytest $(WORKERS) --random-order-bucket=global --random-order-seed=$(SEED) $(ARGS)
@@ -87,9 +88,9 @@ coverage: build
 	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m interpreter --cov --cov-append --cov-report= $(ARGS)
 	$(PY) -m coverage report
 
-# One after another: each takes most of the memory that it asks for.
+# One after another: each test takes most of the machine's memory.
 test-large: build
-	FPN_KERNELS_LARGE=1 $(PY) -m pytest -m large $(ARGS) tests/test_scale.py
+	FPN_KERNELS_LARGE=1 $(PY) -m pytest -m "large and nightly" $(ARGS) tests/nightly/test_scale.py
 
 $(ECOSYSTEM_VENV)/.ready:
 	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
@@ -109,7 +110,7 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FPN_KERNELS_LIBRARY=build/sanitize/lib/fpn_kernels/_native.so \
-	$(PY) -m pytest $(WORKERS) -k native $(ARGS) tests/test_upsample_add.py tests/test_lateral_connection.py tests/test_output_conv.py tests/test_weighted_merge.py tests/test_native.py tests/test_native_arguments.py tests/test_native_reorder.py tests/test_native_output_conv.py tests/test_native_output_conv_backward_weight.py tests/test_native_output_conv_backward_weight_floats.py tests/test_native_lateral_connection.py tests/test_native_lateral_connection_floats.py
+	$(PY) -m pytest $(WORKERS) -k "native and not opcheck" $(ARGS) $(SANITIZED) $$(find tests -name 'test_native*.py' -not -name test_native_build.py)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -120,12 +121,12 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Strict: a link to nothing, a page that is in no menu, or a name that is not there ends it.
+# Strict: a dead link, a page in no menu or an unknown name fails the build.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 	@echo 'site/index.html'
 
-# The wheel from the source distribution, not from here: what that lacks shows.
+# Build the wheel from the sdist, so that a file missing from the sdist fails the build.
 dist: $(READY)
 	rm -rf dist
 	$(PY) setup.py --quiet sdist

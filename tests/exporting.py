@@ -1,4 +1,4 @@
-"""Modules to export, their inputs, and what the exported must give back."""
+"""Modules to export, exported programs, and the check of their results."""
 
 from __future__ import annotations
 
@@ -48,6 +48,24 @@ def dynamic_shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     auto = torch.export.Dim.AUTO
     dims = {0: auto, 2: auto, 3: auto}
     return tuple([dims for _ in each] if isinstance(each, list) else dims for each in arguments)
+
+
+def exported(module: nn.Module, arguments: tuple[Any, ...], *, dynamic: bool) -> torch.export.ExportedProgram:
+    shapes = dynamic_shapes(arguments) if dynamic else None
+    return torch.export.export(module, arguments, dynamic_shapes=shapes)
+
+
+def decomposed(module: nn.Module, arguments: tuple[Any, ...], *, dynamic: bool) -> torch.export.ExportedProgram:
+    program = exported(module, arguments, dynamic=dynamic)
+    assert own_operators(program), "a module that never calls the library would prove nothing"
+    program = program.run_decompositions(fpn_kernels.decompositions())
+    assert own_operators(program) == set()
+    return program
+
+
+def own_operators(program: torch.export.ExportedProgram) -> set[str]:
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    return {target for target in targets if target.startswith("fpn_kernels")}
 
 
 def assert_pyramid(results: Sequence[Tensor], module: FeaturePyramidNetwork, maps: Sequence[Tensor]) -> None:

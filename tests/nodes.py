@@ -1,4 +1,4 @@
-"""The nodes of a BiFPN: which maps are merged, with which weights, and what float64 makes of the weights."""
+"""The nodes of a BiFPN: the maps that are merged, and their weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from samples import Sizes, random_map
 from targets import Target
 from torch import Tensor
 
-from fpn_kernels import resampling
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-MODES = list(resampling.MODES)
-NORMALIZATIONS = ["relu", "softmax"]
-
-# The maps of a node after the first one, by the size of theirs.
+# The maps of a node after the first one, by their size.
 NODES = {
     "a top-down node": ("coarse",),
     "two of one size": ("fine",),
@@ -43,17 +37,8 @@ def maps(
 
 
 def fusion_weights(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    """One of three is negative: it is switched off by the ReLU."""
+    """One of three is negative: the ReLU switches it off."""
     return torch.tensor([0.7, 1.9, -0.4][:count], device=device, dtype=dtype, requires_grad=grad)
-
-
-def exact_factors(weights: Tensor, normalization: str = "relu", eps: float = 1e-4) -> Tensor:
-    """The paper's formulas in float64; "none" says that the weights are the factors."""
-    weights = weights.double().cpu()
-    if normalization == "none":
-        return weights
-    kept = weights.clamp(min=0) if normalization == "relu" else weights.exp()
-    return kept / (kept.sum() + (eps if normalization == "relu" else 0))
 
 
 def spread(mode: str, *sizes: tuple[int, int]) -> int:
@@ -62,7 +47,7 @@ def spread(mode: str, *sizes: tuple[int, int]) -> int:
 
 
 def require_node(target: Target, node: str, sizes: Sizes, dtype: torch.dtype = torch.float32) -> None:
-    """Skips what the backend leaves to eager (`test_triton_leaves_two_coarse_maps_to_eager` shows that it says so)."""
+    """Skip a node that the backend leaves to eager."""
     target.require(dtype)
     places = {"coarse": sizes.top, "point": (1, 1), "fine": sizes.fine}
     if target.backend == "triton" and sum(places[name] != sizes.fine for name in NODES[node]) > 1:

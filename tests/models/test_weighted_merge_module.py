@@ -1,18 +1,18 @@
-"""`WeightedMerge`, and the operator below it in `torch.compile` and `torch.export`."""
+"""`WeightedMerge`: the module of a BiFPN node."""
 
 from __future__ import annotations
 
 import oracle
 import pytest
 import torch
-from nodes import NODES, NORMALIZATIONS, UNEVEN, fusion_weights, maps
-from samples import MERGES, Sizes, random_map
+from nodes import UNEVEN, maps
+from samples import Sizes
 from targets import Target
 
 import fpn_kernels
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("normalization", ["relu", "softmax"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_module_starts_as_an_average(count: int, normalization: str, target: Target) -> None:
     module = fpn_kernels.WeightedMerge(count, normalization, eps=0.0).to(target.device)
@@ -24,8 +24,8 @@ def test_the_module_starts_as_an_average(count: int, normalization: str, target:
     oracle.within_rounding(result, sum(x.double().cpu() for x in inputs) / count, 10.0)
 
 
-def test_the_module_learns_the_weights(target: Target) -> None:
-    """One of two maps is the target, so its weight grows to one."""
+def test_the_module_learns_which_map_matters(target: Target) -> None:
+    """Two maps of which one is the answer: its share goes to one."""
     torch.manual_seed(3)
     module = fpn_kernels.WeightedMerge(2, mode="bilinear").to(target.device)
     first, other = maps("a top-down node", Sizes(1, 3, (2, 3), (4, 5), "few pixels"), torch.float32, target.device)
@@ -55,42 +55,3 @@ def test_bad_options_of_the_module_are_named() -> None:
         with pytest.raises(error, match=message):
             fpn_kernels.WeightedMerge(*arguments, **keywords)
     assert repr(fpn_kernels.WeightedMerge(3)) == "WeightedMerge(3, normalization='relu', eps=0.0001, mode='nearest')"
-
-
-# In `make test` the node with a map that is resized and one that is not.
-@pytest.mark.parametrize(
-    "node",
-    [
-        pytest.param("a top-down node", marks=pytest.mark.nightly),
-        pytest.param("a bottom-up node", marks=pytest.mark.nightly),
-        "a coarse map in the middle",
-    ],
-)
-def test_compile_with_symbolic_sizes(node: str, target: Target) -> None:
-    torch._dynamo.reset()  # the recompilation limit counts over all cases of this test
-    normalization = "relu" if node == "a bottom-up node" else "softmax"
-    module = fpn_kernels.WeightedMerge(1 + len(NODES[node]), normalization).to(target.device)
-    compiled = torch.compile(lambda x: module(x).relu(), fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        module.weights.copy_(fusion_weights(len(module.weights), target.device))
-    for sizes in target.affordable((MERGES[0], MERGES[5], MERGES[8], MERGES[9])):
-        inputs = maps(node, sizes, torch.float32, target.device, grad=True)
-        served = ["weighted_merge", "weighted_merge_backward"] + ["upsample_add_backward"] * ("coarse" in NODES[node])
-        with target.serves(*served):
-            result, expected = compiled(inputs), module(inputs).relu()
-            assert torch.equal(result, expected)
-            leaves = (*inputs, module.weights)
-            pairs = zip(
-                torch.autograd.grad(result.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
-            )
-            assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_export_keeps_the_operator() -> None:
-    module = fpn_kernels.WeightedMerge(2)
-    other, first = maps("a top-down node", MERGES[8], torch.float32)[::-1]
-    height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
-    program = torch.export.export(module, ([first, other],), dynamic_shapes=([{2: height, 3: width}, None],))
-    assert any("weighted_merge" in str(node.target) for node in program.graph.nodes)
-    larger = random_map((1, 6, 9, 11), torch.float32)
-    assert torch.equal(program.module()([larger, other]), module([larger, other]))

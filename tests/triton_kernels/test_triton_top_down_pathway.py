@@ -1,0 +1,336 @@
+"""The chained launches of `top_down_pathway` by Triton: right, in order, and without a deadlock."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import pathlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import oracle
+import ptx
+import pytest
+import torch
+from machine_code import compile_for
+from samples import random_map
+from targets import INTERPRETED
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import fpn_kernels
+from benchmarks import no_launch
+from fpn_kernels import reference
+from fpn_kernels.backends.triton import (
+    autotune,
+    descriptor_kernels,
+    eligibility,
+    geometry,
+    lateral_connection,
+    top_down_pathway,
+)
+
+VARIANTS = {variant.description: variant for variant in top_down_pathway.variants()}
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def _pathway(
+    sizes: Sequence[tuple[int, int]],
+    channels: Sequence[int],
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "nhwc",
+    device: str = "cpu",
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    features = [random_map((2, c, *size), dtype, device, layout) for c, size in zip(channels, sizes, strict=True)]
+    weights = [torch.randn(width, c, device=device).div(c**0.5).to(dtype) for c in channels]
+    return features, weights, [torch.randn(width, device=device).to(dtype) for _ in channels]
+
+
+def _errors(arguments: Sequence[Any], merged: Sequence[Tensor], **options: Any) -> list[float]:
+    exact = [[tensor.double().cpu() for tensor in group] for group in arguments]
+    return [
+        oracle.error(mine, theirs)
+        for mine, theirs in zip(merged, reference.top_down_pathway(*exact, **options), strict=True)
+    ]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("layout", "mode"), [("nhwc", "nearest"), ("nchw", "nearest-exact")])
+def test_every_kernel_of_the_chain(
+    layout: str, mode: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """Doubled sizes, an odd one, and one that shrinks; channels with a tail."""
+    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half", "ieee"} if descriptors else ()))
+    for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float32, 1e-6)):
+        arguments = _pathway([(8, 16), (4, 8), (3, 8), (5, 16)], [16, 24, 8, 40], 24, dtype, layout)
+        with fpn_kernels.use_backend("triton"):
+            merged = fpn_kernels.top_down_pathway(*arguments, mode=mode, gain=0.5)
+            assert fpn_kernels.explain("top_down_pathway", *arguments, mode=mode).backend == "triton"
+        assert max(_errors(arguments, merged, mode=mode, gain=0.5)) <= tolerance
+
+
+def _ptx(description: str) -> str:
+    code: str = compile_for(VARIANTS[description], 90).asm["ptx"]
+    return code
+
+
+@compiles
+@pytest.mark.nightly
+@pytest.mark.parametrize("description", [name for name, variant in VARIANTS.items() if variant.link.follows])
+def test_nothing_is_written_and_no_coarse_pixel_read_before_the_wait(description: str) -> None:
+    """On every path through the machine's own control flow, not as the source happens to be written."""
+    code = _ptx(description)
+    variant, everything, before = VARIANTS[description], ptx.instructions_of(code), ptx.before_the_wait(code)
+    assert ptx.writes(everything) and not ptx.writes(before)
+    leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
+    assert leads == variant.link.leads
+    top = [name for name in variant.kernel.arg_names if variant.signature[name] != "constexpr"].index("top")
+    if not variant.descriptors:
+        assert ptx.reads_through(everything, top) and not ptx.reads_through(before, top)
+        return
+    # A box of coarse pixels is a bulk copy as any other: before the wait there are those of feature and weight alone.
+    first = re.sub("-(middle|last)-", "-first-", description)
+    alone = ptx.bulk_reads(ptx.instructions_of(_ptx(first)))
+    assert len(ptx.bulk_reads(everything)) > len(ptx.bulk_reads(before)) == len(alone)
+
+
+@compiles
+def test_the_wait_is_looked_for_in_earnest() -> None:
+    code = _ptx(next(name for name in VARIANTS if "-last-nhwc-half" in name))
+    without = code.replace("griddepcontrol.wait", "// griddepcontrol.wait")
+    assert ptx.writes(ptx.before_the_wait(without)) and ptx.reads_through(ptx.before_the_wait(without), 3)
+
+
+@pytest.fixture
+def driver() -> Iterator[no_launch.Driver]:
+    with no_launch.driver() as stand_in:
+        yield stand_in
+
+
+PAPER = [(200, 320), (100, 160), (50, 80), (25, 40)]
+
+
+def _small(sizes: Sequence[tuple[int, int]]) -> Any:
+    return _pathway(sizes, [16] * len(sizes), 16)
+
+
+class _Chip:
+    """Places the programs of chained launches on multiprocessors, in the order that CUDA promises and no better.
+
+    Programs of a launch begin in any free place once every program of the launch before it has begun (all of them call
+    `begin_next` first of all); each takes as long as it likes to multiply, and ends when the launch before it has
+    ended, too.  A place is free again when its program has ended.
+    """
+
+    def __init__(self, grids: Sequence[int], places: int, choose: random.Random) -> None:
+        self.waiting, self.ended = list(grids), list[int]()
+        self.grids, self.free, self.choose = grids, places, choose
+        self.multiplying: list[tuple[float, int]] = []
+        self.done_multiplying = [0] * len(grids)
+        self.left = list(grids)
+        self.now = 0.0
+
+    def _begin(self) -> None:
+        for launch in range(len(self.grids)):
+            if launch and self.waiting[launch - 1]:
+                return
+            while self.free and self.waiting[launch]:
+                self.free -= 1
+                self.waiting[launch] -= 1
+                heapq.heappush(self.multiplying, (self.now + self.choose.random(), launch))
+
+    def _finish(self) -> None:
+        for launch in range(len(self.grids)):
+            if launch and self.left[launch - 1]:
+                return
+            self.free += self.done_multiplying[launch]
+            self.left[launch] -= self.done_multiplying[launch]
+            self.ended += [launch] * self.done_multiplying[launch]
+            self.done_multiplying[launch] = 0
+
+    def run(self) -> bool:
+        """Whether every program ends."""
+        self._begin()
+        while self.multiplying:
+            self.now, launch = heapq.heappop(self.multiplying)
+            self.done_multiplying[launch] += 1
+            self._finish()
+            self._begin()
+        return not any(self.left)
+
+
+@compiles
+@pytest.mark.nightly
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(
+    "sizes", [PAPER, [(75, 113), (38, 57), (19, 29), (10, 15)], [(1, 1), (9, 200)], [(40, 40)], [(3, 5)] * 5], ids=str
+)
+def test_the_chain_ends_on_any_chip(
+    sizes: Sequence[tuple[int, int]], descriptors: bool, driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grids that are really launched, on one place to more than there are programs."""
+    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"} if descriptors else ()))
+    for processors in (1, 2, 7, 108, 132, 148):
+        monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", processors)
+        driver.launched.clear()
+        top_down_pathway.top_down_pathway(*_small(sizes), "nearest", 1.0, None)
+        grids = [math.prod(grid) for _, grid, _ in driver.launched]
+        assert len(grids) == len(sizes) and min(grids) > 0
+        for resident, seed in itertools.product((1, 2, 8), range(3)):
+            chip = _Chip(grids, processors * resident, random.Random(seed))
+            assert chip.run()
+            assert chip.ended == sorted(chip.ended) and len(chip.ended) == sum(grids)
+
+
+def test_the_model_of_the_chip_can_stand_still() -> None:
+    """A launch that need not wait for the one before it to begin takes all the places, and waits in them for ever."""
+
+    class Careless(_Chip):
+        def _begin(self) -> None:
+            for launch in reversed(range(len(self.grids))):
+                while self.free and self.waiting[launch]:
+                    self.free -= 1
+                    self.waiting[launch] -= 1
+                    heapq.heappush(self.multiplying, (self.now, launch))
+
+    assert not Careless([2, 2], 2, random.Random(0)).run()
+    assert _Chip([2, 2], 2, random.Random(0)).run()
+
+
+@compiles
+def test_a_launch_reads_its_own_memory_before_the_wait(
+    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Descriptors are written before the wait: in memory that no launch of the chain reads any more."""
+    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
+    run = top_down_pathway.top_down_pathway.prepare(*_small([(16, 16), (8, 8), (4, 4)]), "nearest", 1.0, None)
+    for _ in range(2):
+        driver.scratch.clear()
+        merged = run(*_small([(16, 16), (8, 8), (4, 4)]), "nearest", 1.0, None)
+        assert len(driver.scratch) == 3
+        assert len({*driver.scratch, *(tensor.data_ptr() for tensor in merged)}) == 6
+
+
+@compiles
+def test_a_launch_behind_packed_weights_does_not_overlap(
+    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
+    features, weights, biases = _small([(16, 16), (8, 8)])
+    weights[0] = weights[0].t()  # rows that no descriptor reads
+    top_down_pathway.top_down_pathway(features, weights, biases, "nearest", 1.0, None)
+    assert [name for name, _, _ in driver.launched] == ["convolve", "pack", "convolve"]
+    place = list(descriptor_kernels.convolve.arg_names).index("FOLLOWS")
+    assert [arguments[place] for name, _, arguments in driver.launched if name == "convolve"] == [False, False]
+
+
+@compiles
+def test_autotuning_times_tops_that_have_memory(
+    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "_answers", {})
+    monkeypatch.setattr(autotune, "ENABLED", True)
+    monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU")
+    monkeypatch.setattr(autotune, "milliseconds", lambda run: (run(), 1.0)[1])
+    top_down_pathway.top_down_pathway.prepare(*_small([(16, 16), (8, 8)]), "nearest", 1.0, None)
+    tensors = [each for _, _, arguments in driver.launched for each in arguments if isinstance(each, Tensor)]
+    assert len(driver.launched) >= 4 and tensors and not [each for each in tensors if each.is_meta]
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "_tensor_refusal", lambda tensor: None)
+    arguments = _small([(4, 4), (2, 2)])
+    assert eligibility.top_down_pathway(*arguments, "nearest", 1.0, None) is None
+    assert "two launches" in str(eligibility.top_down_pathway(*arguments, "bilinear", 1.0, None))
+    monkeypatch.setattr(eligibility, "LONGEST_SIDE", 3)
+    assert "level 0: a side of 4" in str(eligibility.top_down_pathway(*arguments, "nearest", 1.0, None))
+
+    class OnGpu:
+        is_cuda = True
+
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    # Numbers of devices that no other test has: what a device can do is remembered.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {98: (8, 6), 99: (9, 0)}[index])
+    assert "9.0" in str(eligibility.overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
+    assert eligibility.overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def hopper() -> None:
+    """A GPU on which launches overlap."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("launches overlap on compute capability 9.0 and later")
+
+
+def _chained(arguments: Any) -> tuple[Tensor, ...]:
+    with fpn_kernels.use_backend("triton"):
+        result: tuple[Tensor, ...] = fpn_kernels.top_down_pathway(*arguments)
+    return result
+
+
+def _one_by_one(arguments: Any) -> list[Tensor]:
+    features, weights, biases = arguments
+    top, merged = None, []
+    with fpn_kernels.use_backend("triton"):
+        for level in reversed(range(len(features))):
+            top = fpn_kernels.lateral_connection(features[level], weights[level], biases[level], top)
+            merged.append(top)
+    return merged[::-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_overlapping_launches_give_the_same_bits(
+    layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch, hopper: None
+) -> None:
+    """Again and again, in memory that was just freed, and poisoned: an early read or write would show now and then."""
+    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"} if descriptors else ()))
+    for sizes in (PAPER, [(75, 113), (38, 57), (19, 29), (10, 15)]):
+        for _ in range(50):
+            arguments = _pathway(sizes, [256, 512, 1024, 2048], 256, layout=layout, device="cuda")
+            expected = _one_by_one(arguments)
+            poison = [torch.full_like(each, float("nan")) for each in expected]
+            del poison
+            for mine, theirs in zip(_chained(arguments), expected, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_a_captured_chain_replays(hopper: None) -> None:
+    arguments = _pathway(PAPER, [256, 512, 1024, 2048], 256, device="cuda")
+    _chained(arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merged = _chained(arguments)
+    for _ in range(20):
+        for feature in arguments[0]:
+            feature.copy_(torch.randn_like(feature))
+        graph.replay()
+        for mine, theirs in zip(merged, _one_by_one(arguments), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_chains_on_two_streams_at_once(hopper: None) -> None:
+    calls = [_pathway(PAPER, [256, 512, 1024, 2048], 256, device="cuda") for _ in range(2)]
+    expected = [_one_by_one(call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for call, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(_chained(call))
+        torch.cuda.synchronize()
+        for merged, theirs in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(merged, theirs, strict=True))
