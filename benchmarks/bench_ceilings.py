@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import Gauge
 from benchmarks.options import DTYPES
-from fpn_kernels.backends import convolution
+from fpn_kernels import compatibility
 
 
 def bench_copy(moment: str, harness: Gauge) -> None:
@@ -45,7 +45,7 @@ def bench_matmul(moment: str, ceiling_dtype: str, harness: Gauge) -> None:
 
 
 def bench_conv3x3(moment: str, ceiling_dtype: str, harness: Gauge) -> None:
-    """A 3x3 convolution, 256 to 256 channels, NHWC.
+    """A 3x3 aten, 256 to 256 channels, NHWC.
 
     On some CPUs it is the faster of the two: 293 against 215 GFLOP/s in float32 in one run on a 2-core AMD EPYC, whose
     convolutions and matrix products PyTorch takes from two libraries.
@@ -73,7 +73,7 @@ def _tf32_alike(product: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def call() -> Tensor:
         switch = torch.backends.cuda.matmul
         before = switch.allow_tf32
-        switch.allow_tf32 = convolution.tf32_is_allowed()
+        switch.allow_tf32 = compatibility.tf32_is_allowed()
         try:
             return product()
         finally:

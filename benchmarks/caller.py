@@ -22,7 +22,7 @@ from torch import Tensor
 import fpn_kernels
 from benchmarks import no_launch
 from fpn_kernels import reference
-from fpn_kernels.backends.triton import eligibility
+from fpn_kernels.gpu import availability
 
 CHANNELS = 16
 # On a CPU a convolution of a few bfloat16 pixels takes PyTorch five times as long: it turns the weight about first.
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     names = list(calls(DTYPE, device))
     lines = table(f"{device}, float32 NHWC", names, DTYPE, device, chosen.seconds)
-    if device.type == "cpu" and importlib.util.find_spec("triton") and not eligibility.INTERPRETED:
+    if device.type == "cpu" and importlib.util.find_spec("triton") and not availability.INTERPRETED:
         with no_launch.triton_serves_the_cpu(keep=False):
             # What a kernel does not write is not to be differentiated or convolved by others: operators alone.
             alone = [name for name in names if not name.startswith("neck")]

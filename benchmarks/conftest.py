@@ -19,7 +19,7 @@ from benchmarks import allocator, cases, machine, providers
 from benchmarks.harness import Harness
 from benchmarks.options import add_options
 from benchmarks.report import format_seconds
-from fpn_kernels.backends import convolution
+from fpn_kernels import compatibility
 
 BEFORE, AFTER = "before", "after"
 _STARTED = pytest.StashKey[tuple[float, float | None]]()
@@ -157,7 +157,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "forced_backend": os.environ.get("FPN_KERNELS_BACKEND"),
         "selection": _preset(config),
         "allocator": ALLOCATOR,
-        "tf32": convolution.tf32_is_allowed(),
+        "tf32": compatibility.tf32_is_allowed(),
         "contention": _contention(config),
     }
 

@@ -15,11 +15,11 @@ from benchmarks import providers
 from benchmarks.cases import EAGER, TRAINING, Case
 from benchmarks.clock import Clock
 from benchmarks.workloads import Workload, tensors, training_step
-from fpn_kernels.backends import convolution
-from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
+from fpn_kernels import compatibility
+from fpn_kernels.operators.dispatch import BackendUnavailableError, record_calls
 
 # Largest error allowed against eager, as a fraction of eager's largest value. Both round at most twice on the way
-# (a convolution, then a sum), so they stay within a few units in the last place of the largest value. For bf16
+# (a aten, then a sum), so they stay within a few units in the last place of the largest value. For bf16
 # that is 2 * 2^-8, for fp16 2 * 2^-11; in fp32 the order of the sums decides (and TF32 on CUDA, 2 * 2^-11).
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 _TF32 = 2.0**-10
@@ -230,7 +230,7 @@ def check(
                 raise WrongResultError(f"result {index} differs from eager in {int((got != want).sum())} elements")
             continue
         tolerance = TOLERANCE[want.dtype]
-        if want.is_cuda and want.dtype == torch.float32 and convolution.tf32_is_allowed():
+        if want.is_cuda and want.dtype == torch.float32 and compatibility.tf32_is_allowed():
             tolerance = _TF32
         got, want = got.detach(), want.detach()
         tolerance *= depth

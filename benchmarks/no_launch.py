@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from fpn_kernels.backends import selection, serving
-from fpn_kernels.backends.triton import eligibility
+from fpn_kernels.operators import dispatch
+from fpn_kernels.operators import plan_cache
+from fpn_kernels.gpu import availability
 
 # Triton remembers by device what it compiled: each stand-in is a device that no other launch may mean.
 _DEVICES = itertools.count(2000)
@@ -78,15 +79,15 @@ def driver(*, keep: bool = True) -> Iterator[Driver]:
 @contextlib.contextmanager
 def triton_serves_the_cpu(*, keep: bool = True) -> Iterator[Driver]:
     """Within it the backend "triton" takes CPU tensors as if they were a GPU's.  No result is ever written."""
-    ours = dataclasses.replace(selection._registry["triton"], unavailable=lambda: None)
-    serving.forget()
+    ours = dataclasses.replace(dispatch._registry["triton"], unavailable=lambda: None)
+    plan_cache.clear()
     try:
         with (
             driver(keep=keep) as stand_in,
-            mock.patch.object(eligibility, "_tensor_refusal", lambda tensor: None),
-            mock.patch.dict(selection._registry, {"triton": ours}),
-            selection.use_backend("triton"),
+            mock.patch.object(availability, "_tensor_refusal", lambda tensor: None),
+            mock.patch.dict(dispatch._registry, {"triton": ours}),
+            dispatch.use_backend("triton"),
         ):
             yield stand_in
     finally:
-        serving.forget()
+        plan_cache.clear()

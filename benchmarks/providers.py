@@ -17,8 +17,9 @@ import torch
 
 import fpn_kernels
 from benchmarks.cases import COMPILE, EAGER, LIBRARY, MAX_AUTOTUNE
-from fpn_kernels.backends import selection, serving
-from fpn_kernels.backends.selection import BackendUnavailableError
+from fpn_kernels.operators import dispatch
+from fpn_kernels.operators import plan_cache
+from fpn_kernels.operators.dispatch import BackendUnavailableError
 
 
 class NotMeasuredError(Exception):
@@ -66,20 +67,20 @@ class Provider:
 @contextmanager
 def _unforced(operators: Sequence[str]) -> Iterator[None]:
     """Takes away what keeps selection from these operators, where a backend has one that is `only_forced`."""
-    before = selection.backends()
+    before = dispatch.backends()
     for backend in before:
         freed = {
             name: replace(implementation, only_forced=None) if name in operators else implementation
             for name, implementation in backend.implementations.items()
         }
-        selection.register(replace(backend, implementations=freed))
-    serving.forget()
+        dispatch.register(replace(backend, implementations=freed))
+    plan_cache.clear()
     try:
         yield
     finally:
         for backend in before:
-            selection.register(backend)
-        serving.forget()
+            dispatch.register(backend)
+        plan_cache.clear()
 
 
 def providers(device_type: str, preset: str, available: tuple[str, ...], compiled: bool) -> Iterator[Provider]:

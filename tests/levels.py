@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fpn_kernels.backends import serving
+from fpn_kernels.operators import plan_cache
 
 # By the numbers of `torch.ops.fpn_kernels_native.limit_level`.
 LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "amx"}
@@ -17,7 +17,7 @@ PORTABLE, AVX2, AVX512, AMX = LEVELS
 def limit(level: int) -> int:
     """Forbids what is above a level; the level then in use."""
     used: int = torch.ops.fpn_kernels_native.limit_level(level)
-    serving.forget()  # what was prepared for another level
+    plan_cache.clear()  # what was prepared for another level
     return used
 
 

@@ -201,8 +201,8 @@ _MERGE_BACKWARD = Operator(
     ),
     like=lambda grad, size, own: [grad],
     bad=_bad(
-        (lambda g, s, own: (g, s, own[:, :, 1:]), ValueError, r"own: expected the shape \[2, 16, 4, 8\], got"),
-        (lambda g, s, own: (g, s, own.double()), TypeError, "own: expected the dtype of grad"),
+        (lambda g, s, own: (g, s, own[:, :, 1:]), ValueError, r"upstream: expected the shape \[2, 16, 4, 8\], got"),
+        (lambda g, s, own: (g, s, own.double()), TypeError, "upstream: expected the dtype of grad"),
         (lambda g, s, own: (g, s, own[0]), ValueError, f"own: {_MAP}"),
     ),
     public=False,

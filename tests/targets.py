@@ -12,23 +12,22 @@ import pytest
 import torch
 from samples import Sizes
 
-from fpn_kernels.backends import native, selection, serving, triton
+from fpn_kernels import native
+from fpn_kernels.gpu import availability
+from fpn_kernels.operators import dispatch, plan_cache
+from fpn_kernels.operators.operator import OPERATORS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-record_calls = selection.record_calls
-clear_plans = serving.forget
+record_calls = dispatch.record_calls
+clear_plans = plan_cache.clear
 no_library = native.load_error()
 needs_library = pytest.mark.skipif(no_library is not None, reason=f"no compiled library: {no_library}")
 
 
 def triton_unavailable() -> str | None:
-    return triton.BACKEND.unavailable()
-
-
-def _backend(name: str) -> Any:
-    return {backend.name: backend for backend in selection.backends()}[name]
+    return availability.unavailable()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Target:
 
     def unavailable(self) -> str | None:
         """Why this machine does not have the backend, or None."""
-        reason: str | None = _backend(self.backend).unavailable()
+        reason: str | None = dispatch.BACKENDS[self.backend]()
         if reason is None and (self.backend, self.device) == ("native", "cuda"):
             return native.cuda_refusal(torch.cuda.current_device())
         return reason
@@ -72,12 +71,13 @@ class Target:
 
     def implements(self, operator: str) -> bool:
         """Whether the backend has this operator, and not only for some calls where it is forced."""
-        implementation = _backend(self.backend).implementations.get(operator)
+        implementation = OPERATORS[operator].backends.get(self.backend)
         return implementation is not None and not implementation.optional
 
     def has_whole(self, operator: str) -> bool:
         """Whether the backend, if forced, computes this operator as a whole and eager as several operators."""
-        return operator in _backend(self.backend).implementations and operator not in _backend("eager").implementations
+        found = OPERATORS[operator].backends
+        return self.backend in found and "eager" not in found
 
     def pathway(self) -> str:
         """The operator that computes a forward `top_down_pathway` where this backend is forced."""
@@ -104,7 +104,7 @@ class Target:
         checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
         if compiled and self.label != "triton-interpreter":
             checks.append("test_aot_dispatch_dynamic")
-        with selection.use_backend(self.backend):
+        with dispatch.use_backend(self.backend):
             torch.library.opcheck(operator, arguments, options, test_utils=checks, **bounds)
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ class Target:
         Eager computes an operator that the backend does not have.  Copies into another layout and a bias's sums may
         come on top.
         """
-        with selection.use_backend(self.backend), selection.record_calls() as calls:
+        with dispatch.use_backend(self.backend), dispatch.record_calls() as calls:
             yield
         expected = {
             (name, self.backend if self.implements(name) or self.has_whole(name) else "eager") for name in operators
@@ -163,5 +163,5 @@ def first_of_each(table: Mapping[Any, Sequence[Any]]) -> list[Any]:
 
 def description() -> str:
     """One line for the header of the test run."""
-    absent = [f"{b.name} ({b.unavailable()})" for b in selection.backends() if b.unavailable() is not None]
-    return f"backends: {', '.join(selection.available_backends())}; not here: {'; '.join(absent) or 'none'}"
+    absent = [f"{name} ({why()})" for name, why in dispatch.BACKENDS.items() if why() is not None]
+    return f"backends: {', '.join(dispatch.available_backends())}; not here: {'; '.join(absent) or 'none'}"

@@ -13,7 +13,7 @@ import torch
 from targets import INTERPRETED
 
 from benchmarks import caller
-from fpn_kernels.backends import serving
+from fpn_kernels.operators import plan_cache
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_a_call_like_the_last_one_asks_nothing_anew(name: str) -> None:
         first = _functions_called(call)
         call()
         again = _functions_called(call)
-        serving.forget()
+        plan_cache.clear()
         anew = _functions_called(call)
     assert again <= MOST[name], again
     assert first > again and anew > again

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from benchmarks import no_launch
 from benchmarks.gpu import candidates, rows
 from benchmarks.providers import NotMeasuredError
-from fpn_kernels.backends.triton import autotune
+from fpn_kernels.gpu import autotune
 
 CPU = torch.device("cpu")
 UNITS = {unit["operator"]: unit for unit in rows.candidates(tiny=True)}

@@ -17,8 +17,8 @@ from benchmarks.cases import CHAINED, COMPILE, EAGER, FORWARD, LIBRARY, MAX_AUTO
 from benchmarks.gpu import measure, rows, smoke, worker, workloads
 from benchmarks.harness import Prepared
 from benchmarks.workloads import tensors
-from fpn_kernels.backends import selection
-from fpn_kernels.backends.selection import Backend, Implementation
+from fpn_kernels.operators import dispatch
+from fpn_kernels.operators.dispatch import Backend, Implementation
 
 CPU = torch.device("cpu")
 
@@ -257,21 +257,21 @@ def test_a_provider_may_choose_what_is_otherwise_to_be_forced(monkeypatch: pytes
         lambda *a: lambda *b: ["as a whole"], lambda *a: None, only_forced=lambda *a: "not measured"
     )
     backend = Backend("chaining", lambda: None, {"top_down_pathway": chained, "output_conv": chained})
-    monkeypatch.setattr(selection, "_registry", {"chaining": backend, **selection._registry})
+    monkeypatch.setattr(dispatch, "_registry", {"chaining": backend, **dispatch._registry})
     maps, weight, taps = [torch.ones(1, 2, 4, 4), torch.ones(1, 2, 2, 2)], torch.ones(2, 2), torch.ones(2, 2, 3, 3)
 
     def served() -> list[str]:
-        with selection.record_calls() as calls:
+        with dispatch.record_calls() as calls:
             fpn_kernels.top_down_pathway(maps, [weight, weight])
             fpn_kernels.output_conv(maps[0], taps)
         return [name for name, backend in calls if backend == "chaining"]
 
-    before = selection.backends()
+    before = dispatch.backends()
     assert served() == []
     with measure.provider_named(CHAINED).selected():
         assert served() == ["top_down_pathway"]
-        assert [each.name for each in selection.backends()] == [each.name for each in before]
-    assert served() == [] and selection.backends() == before
+        assert [each.name for each in dispatch.backends()] == [each.name for each in before]
+    assert served() == [] and dispatch.backends() == before
 
 
 def test_the_neck_is_measured_with_the_chain_where_triton_is() -> None:

@@ -23,7 +23,7 @@ from benchmarks.options import DTYPES
 from benchmarks.providers import NotMeasuredError
 from benchmarks.workloads import memory_format, tensors
 from fpn_kernels import functional, reference
-from fpn_kernels.backends.selection import BackendUnavailableError, record_calls
+from fpn_kernels.operators.dispatch import BackendUnavailableError, record_calls
 
 # Odd sizes, the paper's width: every kernel has its tail, and none of them takes a second in float64.
 SMALL = Image("300x452", ((75, 113), (38, 57), (19, 29), (10, 15)), channels=(64, 128, 256, 512), out_channels=256)

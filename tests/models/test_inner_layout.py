@@ -15,8 +15,8 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CHANNELS, NAMES, WIDTH, Twin, maps, pair
 
-from fpn_kernels.backends import convolution
 from fpn_kernels.modules import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+from fpn_kernels.operators import aten
 
 pytestmark = needs_library
 
@@ -29,8 +29,8 @@ Maps = OrderedDict[str, Tensor]
 @pytest.fixture(autouse=True)
 def _works_in_nhwc(monkeypatch: pytest.MonkeyPatch) -> None:
     """The maps of the tests count as large, on a CPU for which oneDNN has bfloat16: bfloat16 works in NHWC inside."""
-    monkeypatch.setattr(convolution, "_FEW_PIXELS", 1)
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
+    monkeypatch.setattr(aten, "_MIN_PIXELS", 1)
+    monkeypatch.setattr(aten, "onednn_multiplies", lambda dtype: True)
 
 
 def _in_layouts(x: Maps, formats: list[torch.memory_format], *, grad: bool = False) -> Maps:
@@ -131,7 +131,7 @@ def test_degenerate_maps(
 def test_gradients_in_any_layout(
     dtype: torch.dtype, grad_layout: str, layout: str, by_adjoint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "adjoint_is_faster", lambda grad, by_tiles: by_adjoint)
+    monkeypatch.setattr(aten, "adjoint_is_faster", lambda grad, by_tiles: by_adjoint)
     network, twin = (module.to(dtype) for module in pair())
     exact = copy.deepcopy(twin).double()
     x = maps(1, dtype=dtype)

@@ -20,7 +20,7 @@ from strategies import NCHW, Layout, at_every_level
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.backends.layouts import requested_format
+from fpn_kernels.operators.layouts import requested_format
 
 Size = tuple[int, int]
 

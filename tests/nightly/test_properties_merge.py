@@ -20,7 +20,7 @@ from strategies import Layout, at_every_level, strides_when_traced
 
 import fpn_kernels
 from fpn_kernels import reference, resampling
-from fpn_kernels.backends.layouts import result_format
+from fpn_kernels.operators.layouts import result_format
 
 Size = tuple[int, int]
 

@@ -22,7 +22,7 @@ from strategies import Layout, at_every_level
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.backends.layouts import requested_format, result_format
+from fpn_kernels.operators.layouts import requested_format, result_format
 
 Size = tuple[int, int]
 Tensors = list[Tensor | None]

@@ -22,9 +22,8 @@ from twins import CHANNELS, WIDTH
 from twins import maps as pyramid_maps
 
 import fpn_kernels
-from fpn_kernels import diagnostics, resampling
-from fpn_kernels.backends import native
-from fpn_kernels.backends.triton import geometry
+from fpn_kernels import diagnostics, native, resampling
+from fpn_kernels.gpu import geometry
 
 Tensors = tuple[Tensor, ...]
 

@@ -7,7 +7,7 @@ import random
 import torch
 from torch._prims_common import suggest_memory_format
 
-from fpn_kernels.backends.layouts import result_format
+from fpn_kernels.operators.layouts import result_format
 
 
 def _map(choose: random.Random) -> torch.Tensor:

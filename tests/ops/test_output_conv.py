@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.backends import convolution
+from fpn_kernels.operators import aten
 
 Shape = tuple[int, int, int, int, int]  # batch, input channels, output channels, height, width
 
@@ -66,7 +66,7 @@ def test_strided_weights(strides: str, target: Target) -> None:
 @pytest.mark.parametrize("limit", [0, 2**60], ids=["large", "small"])
 def test_derivatives_of_large_and_small_maps(limit: int, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward of a large map takes another route, here at a size that finite differences can afford."""
-    monkeypatch.setattr(convolution, "_FEW_PIXELS", limit)
+    monkeypatch.setattr(aten, "_MIN_PIXELS", limit)
     target.require(torch.float64)
     inputs = [x.requires_grad_() for x in random_inputs((2, 3, 2, 4, 3), torch.float64, target.device)]
     with fpn_kernels.use_backend(target.backend):

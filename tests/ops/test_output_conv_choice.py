@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import fpn_kernels
 from fpn_kernels import functional, reference
-from fpn_kernels.backends import convolution
+from fpn_kernels.operators import aten
 
 
 @needs_library
@@ -25,7 +25,7 @@ def test_16_bits_with_and_without_instructions_for_them(
     dtype: torch.dtype, by_onednn: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By PyTorch's own convolution: without vectors the library has none."""
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: by_onednn)
+    monkeypatch.setattr(aten, "onednn_multiplies", lambda dtype: by_onednn)
     for layout in ("nchw", "nhwc"):
         inputs = [t.requires_grad_() for t in random_inputs((1, 8, 8, *size), dtype, "cpu", layout)]
         wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -56,7 +56,7 @@ def test_the_format_of_a_merged_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 def test_the_format_under_autocast_is_that_of_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "onednn_multiplies", lambda dtype: True)
+    monkeypatch.setattr(aten, "onednn_multiplies", lambda dtype: True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.output_conv_format(torch.empty(1, 1, 64, 64)) == torch.channels_last
         assert functional.output_conv_format(torch.empty(1, 1, 64, 64, dtype=torch.float64)) == torch.preserve_format

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import fpn_kernels
 from fpn_kernels import functional
-from fpn_kernels.backends import convolution
+from fpn_kernels.operators import aten
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both gradients are ATen's, for a map of any size."""
-    monkeypatch.setattr(convolution, "gradients_are_atens", lambda device_type: True)
+    monkeypatch.setattr(aten, "gradients_are_atens", lambda device_type: True)
 
 
 def test_derivatives() -> None:

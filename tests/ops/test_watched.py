@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import fpn_kernels
 from fpn_kernels import reference
-from fpn_kernels.operators import direct
+from fpn_kernels.operators import paths
 
 Function = Callable[..., Tensor]
 
@@ -139,7 +139,7 @@ def _assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path of the calls: in Python, which bypasses the dispatcher for plain calls, or through the dispatcher."""
     if request.param == "dispatcher":
-        monkeypatch.setattr(direct, "operators", lambda *tensors: torch.ops.fpn_kernels)
+        monkeypatch.setattr(paths, "operators", lambda *tensors: torch.ops.fpn_kernels)
     chosen: str = request.param
     return chosen
 

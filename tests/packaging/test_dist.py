@@ -15,8 +15,7 @@ import setuptools
 from building import ROOT, setup_module
 from targets import needs_library
 
-from fpn_kernels import compatibility
-from fpn_kernels.backends import native
+from fpn_kernels import compatibility, native
 from fpn_kernels.version import __version__
 
 DISTRIBUTED = ("csrc", "fpn_kernels", "tests", "benchmarks", "examples", "docs")

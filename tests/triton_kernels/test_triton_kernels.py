@@ -20,7 +20,6 @@ from targets import first_of_each
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels import resampling
 from fpn_kernels.backends.triton import (
     eligibility,
     geometry,
@@ -29,6 +28,8 @@ from fpn_kernels.backends.triton import (
     upsample_add,
     upsample_add_backward,
 )
+
+from fpn_kernels import resampling
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PAIRS_OF_LAYOUTS = list(itertools.product(FORMATS, FORMATS))

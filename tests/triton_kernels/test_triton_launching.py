@@ -18,7 +18,6 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import no_launch  # noqa: E402
 from fpn_kernels.backends.triton import (  # noqa: E402
     lateral_connection,
     launching,
@@ -29,6 +28,8 @@ from fpn_kernels.backends.triton import (  # noqa: E402
     weighted_merge,
     weighted_merge_backward,
 )
+
+from benchmarks import no_launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fpn_kernels.backends.triton import preference
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fpn_kernels.backends.triton import eligibility, preference
+from fpn_kernels.gpu import availability
 
 # Numbers of devices that no other test has.
 HOPPER, AMPERE = 96, 97
@@ -17,7 +18,7 @@ HOPPER, AMPERE = 96, 97
 
 @pytest.fixture(autouse=True)
 def _devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(eligibility, "capability", lambda index: {HOPPER: (9, 0), AMPERE: (8, 0)}[index])
+    monkeypatch.setattr(availability, "capability", lambda index: {HOPPER: (9, 0), AMPERE: (8, 0)}[index])
     with FakeTensorMode():
         yield
 

@@ -22,17 +22,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import fpn_kernels
-from benchmarks import no_launch
-from fpn_kernels import reference
 from fpn_kernels.backends.triton import (
     autotune,
+    availability,
     descriptor_kernels,
-    eligibility,
     geometry,
     lateral_connection,
     top_down_pathway,
 )
+
+import fpn_kernels
+from benchmarks import no_launch
+from fpn_kernels import reference
 
 VARIANTS = {variant.description: variant for variant in top_down_pathway.variants()}
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -245,12 +246,12 @@ def test_autotuning_times_tops_that_have_memory(
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eligibility, "_tensor_refusal", lambda tensor: None)
+    monkeypatch.setattr(availability, "_tensor_refusal", lambda tensor: None)
     arguments = _small([(4, 4), (2, 2)])
-    assert eligibility.top_down_pathway(*arguments, "nearest", 1.0, None) is None
-    assert "two launches" in str(eligibility.top_down_pathway(*arguments, "bilinear", 1.0, None))
-    monkeypatch.setattr(eligibility, "LONGEST_SIDE", 3)
-    assert "level 0: a side of 4" in str(eligibility.top_down_pathway(*arguments, "nearest", 1.0, None))
+    assert availability.top_down_pathway(*arguments, "nearest", 1.0, None) is None
+    assert "two launches" in str(availability.top_down_pathway(*arguments, "bilinear", 1.0, None))
+    monkeypatch.setattr(availability, "MAX_SIDE", 3)
+    assert "level 0: a side of 4" in str(availability.top_down_pathway(*arguments, "nearest", 1.0, None))
 
     class OnGpu:
         is_cuda = True
@@ -260,8 +261,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # Numbers of devices that no other test has: what a device can do is remembered.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {98: (8, 6), 99: (9, 0)}[index])
-    assert "9.0" in str(eligibility.overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
-    assert eligibility.overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
+    assert "9.0" in str(availability.overlap_refusal(OnGpu(98)))  # type: ignore[arg-type]
+    assert availability.overlap_refusal(OnGpu(99)) is None  # type: ignore[arg-type]
 
 
 @pytest.fixture

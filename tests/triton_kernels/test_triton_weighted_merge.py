@@ -14,7 +14,9 @@ from targets import first_of_each
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels.backends.triton import eligibility, geometry, weighted_merge, weighted_merge_backward
+from fpn_kernels.backends.triton import weighted_merge, weighted_merge_backward
+
+from fpn_kernels.gpu import availability, geometry
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FACTORS = [0.3, -0.9, 1.7]
@@ -109,7 +111,7 @@ def test_reasons_to_refuse() -> None:
         return torch.empty(1, dtype=dtype).expand(shape)
 
     def reason(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor | None = None) -> str | None:
-        return eligibility.weighted_merge(first, second, third, torch.ones(3), "nearest")
+        return availability.weighted_merge(first, second, third, torch.ones(3), "nearest")
 
     small, coarse = empty(1, 1, 4, 4), empty(1, 1, 2, 2)
     assert reason(small, coarse) is None and reason(small, coarse, small) is None
@@ -118,6 +120,6 @@ def test_reasons_to_refuse() -> None:
     assert "side of 1048577 pixels" in str(reason(small, small, empty(1, 1, 2**20 + 1, 1)))
     assert "image rows" in str(reason(*[empty(1, 2**14, 2**16, 4)] * 2))
     factor = torch.tensor(1.0)
-    assert eligibility.weighted_merge_backward(small, small, factor) is None
-    assert "2**30 pixels" in str(eligibility.weighted_merge_backward(*[empty(1, 1, 2**15, 2**15)] * 2, factor))
-    assert "image rows" in str(eligibility.weighted_merge_backward(*[empty(1, 2**14, 2**16, 4)] * 2, factor))
+    assert availability.weighted_merge_backward(small, small, factor) is None
+    assert "2**30 pixels" in str(availability.weighted_merge_backward(*[empty(1, 1, 2**15, 2**15)] * 2, factor))
+    assert "image rows" in str(availability.weighted_merge_backward(*[empty(1, 2**14, 2**16, 4)] * 2, factor))
