@@ -33,7 +33,7 @@ std::vector<double> per_channel(
 
 void merge_backward(
     const Tensor& grad_tensor,
-    const std::optional<Tensor>& own_tensor,
+    const std::optional<Tensor>& upstream_tensor,
     int64_t mode,
     double gain,
     Tensor grad_top_tensor,
@@ -41,19 +41,19 @@ void merge_backward(
   const Argument grad("grad", grad_tensor, {any, any, any, any}, aoti_torch_device_type_cpu());
   const int64_t channels = grad.size(1);
   const Output grad_top("grad_top", grad_top_tensor, {grad.size(0), channels, any, any}, grad);
-  const Optional own("own", own_tensor, {grad.size(0), channels, grad_top.size(2), grad_top.size(3)}, grad);
+  const Optional upstream("upstream", upstream_tensor, {grad.size(0), channels, grad_top.size(2), grad_top.size(3)}, grad);
   const Output grad_bias("grad_bias", grad_bias_tensor, {channels}, grad, Dtype::float64);
   grad_bias.check_dense_vector();
-  grad_top.check_apart({&grad, own.get(), &grad_bias});
-  grad_bias.check_apart({&grad, own.get()});
+  grad_top.check_apart({&grad, upstream.get(), &grad_bias});
+  grad_bias.check_apart({&grad, upstream.get()});
   STD_TORCH_CHECK(
-      own.get() == nullptr || grad_top.has_strides_of(*own.get()), "own: expected the strides of grad_top");
+      upstream.get() == nullptr || grad_top.has_strides_of(*upstream.get()), "upstream: expected the strides of grad_top");
   grad.check_pixels();
   grad_top.check_pixels();
   const bool channels_last = grad_top.result().stride_x != 1;
   const int64_t units = backward_units(grad, grad_top);
   std::vector<double> sums(units * (channels_last ? channels : 1));
-  gather_gradient(grad, own.get(), mode_of(mode), gain, grad_top, sums.data());
+  gather_gradient(grad, upstream.get(), mode_of(mode), gain, grad_top, sums.data());
   const std::vector<double> totals = per_channel(sums, grad.size(0), channels, grad_top.size(2), channels_last);
   double* out = static_cast<double*>(grad_bias.data());
   for (int64_t c = 0; c < channels; ++c) out[c] = gain * totals[c];
@@ -62,9 +62,9 @@ void merge_backward(
 }  // namespace fpn::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fpn_kernels_native, m) {
-  // own: the upstream gradient of top, with the strides of grad_top.
+  // upstream: the rest of the gradient of top, with the strides of grad_top.
   m.def(
-      "merge_backward(Tensor grad, Tensor? own, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) "
+      "merge_backward(Tensor grad, Tensor? upstream, int mode, float gain, Tensor(a!) grad_top, Tensor(b!) grad_bias) "
       "-> ()");
 }
 

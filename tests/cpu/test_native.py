@@ -187,12 +187,6 @@ def test_both_matrix_products(
         )
 
 
-def test_it_refuses_what_it_was_not_built_for() -> None:
-    maps = torch.ones(1, 1, 2, 2, device="meta"), torch.ones(1, 1, 4, 4, device="meta")
-    assert native.BACKEND.refusal("weighted_merge", (*maps, None, torch.ones(2), "nearest")) is not None
-    assert native.BACKEND.refusal("upsample_add", (*maps, "nearest", 1.0)) is not None
-
-
 @pytest.mark.parametrize("operator", ["weighted_merge", "weighted_merge_backward"])
 def test_a_contiguous_column_may_have_any_stride_along_its_rows(operator: str) -> None:
     """A transposed row of pixels is contiguous, with an arbitrary stride that was once used."""

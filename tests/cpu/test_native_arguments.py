@@ -37,7 +37,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "upsample_add_backward": {"grad": ("NCHW", MAPS), "mode": 0, "gain": 0.5, "grad_top": ("NChw", MAPS)},
     "merge_backward": {
         "grad": ("NCHW", MAPS),
-        "own": ("NChw", MAPS),
+        "upstream": ("NChw", MAPS),
         "mode": 2,
         "gain": 0.5,
         "grad_top": ("NChw", MAPS),
@@ -207,11 +207,11 @@ def test_the_table_is_that_of_the_schemas(operator: str) -> None:
 def test_right_arguments_are_accepted(operator: str, dtype: torch.dtype) -> None:
     _call(operator, _arguments(operator, dtype))
     for name, argument in _arguments(operator, dtype).items():
-        if isinstance(argument, Tensor) and argument.dim() == 4 and name != "own":
+        if isinstance(argument, Tensor) and argument.dim() == 4 and name != "upstream":
             arguments = _arguments(operator, dtype)
             arguments[name] = argument.contiguous(memory_format=torch.channels_last)
-            if name == "grad_top" and "own" in arguments:
-                arguments["own"] = arguments["own"].contiguous(memory_format=torch.channels_last)
+            if name == "grad_top" and "upstream" in arguments:
+                arguments["upstream"] = arguments["upstream"].contiguous(memory_format=torch.channels_last)
             _call(operator, arguments)
 
 
@@ -275,8 +275,13 @@ def test_a_bias_whose_numbers_are_apart_is_refused(make: Callable[[Tensor], Tens
 
 def test_an_upstream_gradient_with_other_strides_is_refused() -> None:
     arguments = _arguments("merge_backward", torch.float32)
-    for wrong in (arguments["own"].contiguous(memory_format=torch.channels_last), arguments["own"].mT.contiguous().mT):
-        _refused("merge_backward", {**arguments, "own": wrong}, "own", "upstream: expected the strides of grad_top")
+    for wrong in (
+        arguments["upstream"].contiguous(memory_format=torch.channels_last),
+        arguments["upstream"].mT.contiguous().mT,
+    ):
+        _refused(
+            "merge_backward", {**arguments, "upstream": wrong}, "upstream", "upstream: expected the strides of grad_top"
+        )
 
 
 @pytest.mark.parametrize("operator", ["upsample_add", "weighted_merge", "merge_backward", "upsample_add_backward"])

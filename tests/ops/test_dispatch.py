@@ -292,7 +292,7 @@ def test_explain_reads_the_kernel_from_the_plan(monkeypatch: pytest.MonkeyPatch)
         def run(call: UpsampleAdd) -> Tensor:
             raise AssertionError("nothing is computed")
 
-        run.kernel = lambda: f"rows of {call.lateral.shape[3]}"  # type: ignore[attr-defined]
+        run.kernel = f"rows of {call.lateral.shape[3]}"  # type: ignore[attr-defined]
         return run
 
     _prefer(monkeypatch, Implementation(plan))  # type: ignore[arg-type]
