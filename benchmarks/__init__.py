@@ -1,1 +1,1 @@
-"""The benchmark suite: `python -m benchmarks` runs it and prints fused against eager."""
+"""One harness for `python -m benchmarks` and benchmarks/gpu.sh: cases, providers, clock, runner, records, report."""

@@ -1,9 +1,8 @@
-"""`python -m benchmarks.caller`: what a call costs the thread that makes it, beside eager PyTorch's own.
+"""`python -m benchmarks.caller`: host time per call, against eager PyTorch's.
 
-Maps of a few pixels leave nothing to compute, so what is left is checks, selection, autograd and launches.  On a GPU
-it is the time after which the call returns.  Where Triton is installed and no GPU is there, a second table has the
-Triton kernels with a driver that launches nothing (`no_launch`): all that a launch costs but the launch itself, which
-eager's column does not have either.  Each time is the least of many, in turn with the others.
+Maps of a few pixels leave nothing to compute: the time is that of checks, dispatch, autograd and launches. On a GPU it
+is the time until the call returns. With Triton and without a GPU, a second table has the Triton kernels behind a driver
+that launches nothing (`no_launch`). Each time is the least of many, the calls taking turns.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import Tensor
 
 import fpn_kernels
 from benchmarks import no_launch
+from benchmarks.internals import INTERPRETED
 from fpn_kernels import reference
-from fpn_kernels.gpu import availability
 
 CHANNELS = 16
-# On a CPU a convolution of a few bfloat16 pixels takes PyTorch five times as long: it turns the weight about first.
+# On a CPU PyTorch takes five times as long for a convolution of a few bfloat16 pixels: it reorders the weight first.
 DTYPE = torch.float32
-# Of one pixel a map would be NHWC and NCHW at once.
+# A map of one pixel would be NHWC and NCHW at once.
 SIDES = (16, 8, 4, 2)
 
 Call = Callable[[], Any]
@@ -35,7 +34,7 @@ ROW = "{:<36}{:>10}{:>10}{:>8}"
 
 
 def _operators(module: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
-    """The public calls, on NHWC maps; weights lie as `module.to(memory_format=torch.channels_last)` leaves them."""
+    """The public calls, on NHWC maps and weights."""
 
     def values(*shape: int) -> Tensor:
         made = torch.randn(shape, device=device).to(dtype)
@@ -82,7 +81,7 @@ def calls(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Call, Cal
 
 
 def least(measured: Sequence[Call], seconds: float, device: torch.device) -> list[float]:
-    """The least time of each call, taken in turn for so many seconds, three in a row as they meet in a network."""
+    """The least seconds of each call; the calls take turns, three of each in a row as in a network."""
     times = [float("inf")] * len(measured)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -97,13 +96,13 @@ def least(measured: Sequence[Call], seconds: float, device: torch.device) -> lis
 
 
 def table(title: str, names: Sequence[str], dtype: torch.dtype, device: torch.device, seconds: float) -> list[str]:
-    """A line a call: us fused, us eager, and how many times as fast."""
+    """One line per call: us fused, us eager, and their ratio."""
     pairs = calls(dtype, device)
     lines = [ROW.format(title, "fused us", "eager us", "ratio")]
     for name in names:
         with torch.no_grad() if "backward" not in name else contextlib.nullcontext():
             for call in pairs[name]:
-                call()  # compiles, and prepares
+                call()  # compiles, and fills the plan cache
             fused, eager = least(pairs[name], seconds, device)
         lines.append(ROW.format(name, f"{fused * 1e6:.1f}", f"{eager * 1e6:.1f}", f"{eager / fused:.2f}"))
     return lines
@@ -118,11 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     names = list(calls(DTYPE, device))
     lines = table(f"{device}, float32 NHWC", names, DTYPE, device, chosen.seconds)
-    if device.type == "cpu" and importlib.util.find_spec("triton") and not availability.INTERPRETED:
+    if device.type == "cpu" and importlib.util.find_spec("triton") and not INTERPRETED:
         with no_launch.triton_serves_the_cpu(keep=False):
-            # What a kernel does not write is not to be differentiated or convolved by others: operators alone.
-            alone = [name for name in names if not name.startswith("neck")]
-            lines += ["", *table("Triton, nothing launched", alone, DTYPE, device, chosen.seconds)]
+            # No kernel writes its result here, which PyTorch's convolutions in a neck would read.
+            operators = [name for name in names if not name.startswith("neck")]
+            lines += ["", *table("Triton, nothing launched", operators, DTYPE, device, chosen.seconds)]
     print("\n".join(lines))
 
 

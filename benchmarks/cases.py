@@ -1,25 +1,23 @@
-"""What is measured: shapes of real models, crossed with dtype, layout and batch."""
+"""The rows of a run: shapes of real models, crossed with dtype, layout, batch and provider."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 FORWARD = "forward"
 TRAINING = "forward+backward"
 
-# Who computes: the providers' names, here because they can be read without importing torch.
+# The names of the providers. A forced backend is "fpn_kernels/<backend>".
 EAGER = "eager"
 COMPILE = "torch.compile"
 MAX_AUTOTUNE = "torch.compile max-autotune"
 LIBRARY = "fpn_kernels"
-# With operators that the library keeps from its users until they are measured: the chained pathway.
-CHAINED = "fpn_kernels/chained"
 
 
 @dataclass(frozen=True)
 class Image:
-    """The backbone maps C2..C5 that a ResNet makes of one image, and the width of the pyramid."""
+    """The backbone maps C2..C5 of one image, and the width of the pyramid."""
 
     name: str
     sizes: tuple[tuple[int, int], ...]
@@ -31,10 +29,10 @@ class Image:
         return (self.channels[number - 2], *self.sizes[number - 2])
 
 
-# 800 x 1280 halves evenly; 600 x 900 is the odd case, where the ratio of two levels is not 2.
+# 800 x 1280 halves evenly; in 600 x 900 the ratio of two levels is not 2. D0 and D4 are EfficientDet's, with the width
+# of their BiFPN.
 EVEN = Image("800x1280", ((200, 320), (100, 160), (50, 80), (25, 40)))
 ODD = Image("600x900", ((150, 225), (75, 113), (38, 57), (19, 29)))
-# Two of EfficientDet's: C2 and C3 of its images, at the width of its BiFPN.
 D0 = Image("D0 512x512", ((128, 128), (64, 64), (32, 32), (16, 16)), out_channels=64)
 D4 = Image("D4 1024x1024", ((256, 256), (128, 128), (64, 64), (32, 32)), out_channels=224)
 TINY = Image("60x90", ((15, 23), (8, 12), (4, 6), (2, 3)), channels=(8, 16, 32, 64), out_channels=8)
@@ -42,7 +40,7 @@ TINY = Image("60x90", ((15, 23), (8, 12), (4, 6), (2, 3)), channels=(8, 16, 32, 
 
 @dataclass(frozen=True)
 class Spot:
-    """One place in the network: an image, a level of it (None: the whole neck), an upsampling mode, a BiFPN's node."""
+    """One place in a network: image, level (None: all of them), upsampling mode, node of a BiFPN."""
 
     image: Image
     level: int | None = None
@@ -57,7 +55,10 @@ class Spot:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the report: an operator, a direction, a spot, and how its tensors are stored."""
+    """Operator, direction, spot, and how the tensors are stored.
+
+    `dtype` "amp-bf16" or "amp-fp16" is autocast: 16-bit maps, float32 parameters.
+    """
 
     operator: str
     direction: str
@@ -68,6 +69,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.spot} b{self.batch} {self.dtype} {self.layout}"
+
+    def described(self) -> dict[str, object]:
+        """The case as a record holds it."""
+        names = ("operator", "direction", "batch", "dtype", "layout")
+        return {**{name: getattr(self, name) for name in names}, "case": str(self), "level": self.spot.level}
 
 
 # A map and the coarser one; three maps of one size.
@@ -88,83 +94,163 @@ QUICK: Grid = {
     ("weighted_merge", TRAINING): tuple(Spot(D0, 3, node=node) for node in NODES),
 }
 
-# The coarsest level has nothing above it: no upsample_add there, and a lateral_connection without top.
-_MERGES = tuple(Spot(image, level) for image in (EVEN, ODD) for level in (2, 3, 4))
-_BILINEAR = (Spot(EVEN, 2, "bilinear"), Spot(ODD, 2, "bilinear"))
-_NODES = (
-    *(Spot(image, level, node=node) for image, level in ((D0, 3), (D4, 3), (EVEN, 2), (ODD, 3)) for node in NODES),
-    Spot(EVEN, 3, "bilinear", TOP_DOWN),
-)
 _LEVELS = tuple(Spot(image, level) for image in (EVEN, ODD) for level in (2, 3, 4, 5))
-
-FULL: Grid = {
-    ("lateral_connection", FORWARD): _LEVELS,
-    ("lateral_connection", TRAINING): _LEVELS,
-    ("neck", FORWARD): (Spot(EVEN), Spot(ODD)),
-    ("neck", TRAINING): (Spot(EVEN), Spot(ODD)),
-    ("output_conv", FORWARD): _LEVELS,
-    ("output_conv", TRAINING): _LEVELS,
-    ("upsample_add", FORWARD): _MERGES + _BILINEAR,
-    ("upsample_add", TRAINING): _MERGES + _BILINEAR,
-    ("weighted_merge", FORWARD): _NODES,
-    ("weighted_merge", TRAINING): _NODES,
+_SPOTS = {
+    "lateral_connection": _LEVELS,
+    "neck": (Spot(EVEN), Spot(ODD)),
+    "output_conv": _LEVELS,
+    # The coarsest level has no top.
+    "upsample_add": (*(s for s in _LEVELS if s.level != 5), Spot(EVEN, 2, "bilinear"), Spot(ODD, 2, "bilinear")),
+    "weighted_merge": (
+        *(Spot(image, level, node=n) for image, level in ((D0, 3), (D4, 3), (EVEN, 2), (ODD, 3)) for n in NODES),
+        Spot(EVEN, 3, "bilinear", TOP_DOWN),
+    ),
 }
+FULL: Grid = {(name, direction): spots for name, spots in _SPOTS.items() for direction in (FORWARD, TRAINING)}
+SMALLEST: Grid = {key: tuple(dict.fromkeys(replace(s, image=TINY) for s in spots)) for key, spots in QUICK.items()}
+PRESETS: Mapping[str, Grid] = {"quick": QUICK, "full": FULL, "tiny": SMALLEST}
 
-SMALLEST: Grid = {
-    ("lateral_connection", FORWARD): (Spot(TINY, 2), Spot(TINY, 5)),
-    ("lateral_connection", TRAINING): (Spot(TINY, 3),),
-    ("neck", FORWARD): (Spot(TINY),),
-    ("neck", TRAINING): (Spot(TINY),),
-    ("output_conv", FORWARD): (Spot(TINY, 2),),
-    ("output_conv", TRAINING): (Spot(TINY, 3),),
-    ("upsample_add", FORWARD): (Spot(TINY, 2), Spot(TINY, 2, "bilinear")),
-    ("upsample_add", TRAINING): (Spot(TINY, 2),),
-    ("weighted_merge", FORWARD): tuple(Spot(TINY, 2, node=node) for node in NODES),
-    ("weighted_merge", TRAINING): tuple(Spot(TINY, 2, node=node) for node in NODES),
+# The parts of a GPU run: operators with direction and level, where None is all levels; then dtypes and layouts.
+Place = tuple[str, str, "int | None"]
+_NECK: tuple[Place, ...] = (("neck", FORWARD, None), ("neck", TRAINING, None))
+_ALL: tuple[Place, ...] = (
+    ("lateral_connection", FORWARD, 2),
+    ("top_down_pathway", FORWARD, None),
+    *_NECK,
+    ("weighted_merge", FORWARD, 3),
+    ("weighted_merge", TRAINING, 3),
+    ("lateral_connection", FORWARD, None),
+    ("lateral_connection", TRAINING, 2),
+    ("output_conv", FORWARD, 2),
+    ("output_conv", FORWARD, None),
+    ("upsample_add", FORWARD, 2),
+    ("upsample_add", FORWARD, None),
+    ("upsample_add", TRAINING, 2),
+)
+_MISSED = (("bf16", "NHWC"), ("bf16", "NCHW"))
+_OTHERS = (("fp16", "NHWC"), ("fp32", "NHWC"), ("fp32", "NCHW"), ("fp16", "NCHW"))
+_USERS = (("fp32", "NCHW"), ("amp-fp16", "NCHW"), ("amp-bf16", "NCHW"), ("bf16", "NHWC"))
+# For max-autotune, which takes minutes: the rows that have a target against it, the cheap ones first.
+_ORDER = ("upsample_add", "lateral_connection", "top_down_pathway", "output_conv", "neck")
+_TUNED = tuple(p for name in _ORDER for p in _ALL if p[0] == name and (p[1] == FORWARD or name == "neck"))
+PARTS: Mapping[str, tuple[tuple[Place, ...], tuple[tuple[str, str], ...], tuple[int, ...]]] = {
+    "users": (_NECK, _USERS, (2, 8)),
+    "missed": (_ALL, _MISSED, (1, 8)),
+    "others": (_ALL, _OTHERS, (1, 8)),
+    "tuned": (_TUNED, _MISSED[:1], (1, 8)),
 }
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What one run measures: a grid of spots and the values each is crossed with."""
+    """The rows of a run.
 
-    grid: Grid
-    dtypes: tuple[str, ...]
-    layouts: tuple[str, ...]
-    batches: tuple[int, ...]
-    compiled: Callable[[Case], bool]  # whether torch.compile is among the providers of a case
+    Attributes:
+        name: one of `PRESETS` or `PARTS`.
+        device_type: "cpu" or "cuda".
+        backends: those that this machine has.
+        compiler: whether torch.compile works here.
+        tiny: the rows of a part, on maps of a few pixels.
+        dtypes, layouts, batches: in place of those of a preset.
+    """
 
-    def cases(self, operator: str) -> Iterator[Case]:
-        for (name, direction), spots in self.grid.items():
-            if name != operator:
-                continue
+    name: str
+    device_type: str
+    backends: tuple[str, ...] = ()
+    compiler: bool = True
+    tiny: bool = False
+    dtypes: tuple[str, ...] | None = None
+    layouts: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+
+    def rows(self) -> Iterator[tuple[Case, str]]:
+        """Cases and providers, in the order in which they are measured."""
+        if self.name in PARTS:
+            yield from self._part()
+        elif self.name in PRESETS:
+            yield from ((case, provider) for case in self._preset() for provider in self._providers(case))
+
+    def ceilings(self) -> Iterator[tuple[str, str, str]]:
+        """Kind, dtype and moment; before and after the rows of a preset, of which the report takes the best."""
+        if self.name not in ("ceilings", *PRESETS):
+            return
+        for moment in ("before", "after") if self.name in PRESETS else ("once",):
+            yield "copy", "fp32", moment
+            for dtype in (
+                self._dtypes() if self.name in PRESETS else ("bf16",) if self.tiny else ("bf16", "fp16", "fp32")
+            ):
+                yield "matrix product", dtype, moment
+                yield "3x3 convolution", dtype, moment
+
+    def _dtypes(self) -> tuple[str, ...]:
+        # Few CPUs multiply float16: without such instructions a product ran at 2 GFLOP/s.
+        wide = self.name == "full" and self.device_type == "cuda"
+        default = ("fp32",) if self.name == "tiny" else ("fp32", "bf16", "fp16") if wide else ("fp32", "bf16")
+        return self.dtypes or default
+
+    def _batches(self) -> tuple[int, ...]:
+        return self.batches or ((1, 8) if self.device_type == "cuda" and self.name != "tiny" else (1,))
+
+    def _preset(self) -> Iterator[Case]:
+        layouts = self.layouts or (("NCHW",) if self.name == "tiny" else ("NCHW", "NHWC"))
+        for (operator, direction), spots in PRESETS[self.name].items():
             for spot in spots:
-                for batch in self.batches:
-                    for dtype in self.dtypes:
-                        for layout in self.layouts:
-                            yield Case(name, direction, spot, batch, dtype, layout)
+                for batch in self._batches():
+                    for dtype in self._dtypes():
+                        for layout in layouts:
+                            yield Case(operator, direction, spot, batch, dtype, layout)
+
+    def _providers(self, case: Case) -> Iterator[str]:
+        """The baseline first; the providers of a case run back to back, in the same minute of the machine."""
+        full = self.name == "full"
+        yield EAGER
+        # A compilation takes seconds: all rows of a narrowed run have one, else one layout of the even image.
+        narrowed = self.dtypes is not None and self.layouts is not None
+        plain = case.spot.image is EVEN and case.layout == "NHWC" and case.batch == min(self._batches())
+        if full or (self.name == "quick" and (narrowed or plain)):
+            yield COMPILE
+        if full and self.device_type == "cuda":
+            yield MAX_AUTOTUNE
+        yield LIBRARY
+        forced = self.forced()
+        if len(forced) > 1 or (forced and full):
+            yield from (*forced, f"{LIBRARY}/{EAGER}") if full else forced
+
+    def forced(self) -> list[str]:
+        """The library with a backend named; Triton on CUDA only, never its interpreter."""
+        real = [name for name in self.backends if name != EAGER]
+        return [f"{LIBRARY}/{name}" for name in real if name != "triton" or self.device_type == "cuda"]
+
+    def _part(self) -> Iterator[tuple[Case, str]]:
+        """The library everywhere first, then each backend by itself, then torch.compile."""
+        places, formats, batches = PARTS[self.name]
+        formats, batches = (formats[-1:], (1,)) if self.tiny else (formats, batches)
+        found = [_case(p, batch, *f, self.tiny) for f in formats for batch in batches for p in places]
+        compiled = found[:1] if self.tiny else found
+        if self.name != "tuned":
+            yield from ((case, LIBRARY) for case in found)
+            if self.name != "users" and len(self.forced()) > 1:
+                yield from ((case, provider) for case in found for provider in self.forced())
+        if self.compiler:
+            yield from ((case, MAX_AUTOTUNE if self.name == "tuned" else COMPILE) for case in compiled)
 
 
-def select(
-    preset: str,
-    device_type: str,
-    dtypes: tuple[str, ...] | None = None,
-    layouts: tuple[str, ...] | None = None,
-    batches: tuple[int, ...] | None = None,
-) -> Selection:
-    """The selection of a preset ("quick", "full" or "tiny"), with whatever was asked for by name put in."""
-    on_gpu = device_type == "cuda"
-    sizes = batches or ((1, 8) if on_gpu else (1,))
-    if preset == "full":
-        # Few CPUs multiply float16: a product ran at about 2 GFLOP/s on one that does not. It can be asked for by name.
-        every = ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
-        return Selection(FULL, dtypes or every, layouts or ("NCHW", "NHWC"), sizes, compiled=lambda _: True)
-    if preset == "tiny":
-        return Selection(SMALLEST, dtypes or ("fp32",), layouts or ("NCHW",), batches or (1,), compiled=lambda _: False)
-    narrowed = dtypes is not None and layouts is not None
+def _case(place: Place, batch: int, dtype: str, layout: str, tiny: bool) -> Case:
+    operator, direction, level = place
+    node = TOP_DOWN if operator == "weighted_merge" else None
+    return Case(operator, direction, Spot(TINY if tiny else EVEN, level, node=node), batch, dtype, layout)
 
-    def compiled(case: Case) -> bool:
-        # A compilation costs seconds of CPU: one layout of the even image has one, or all of a run narrowed by hand.
-        return narrowed or (case.spot.image is EVEN and case.layout == "NHWC" and case.batch == min(sizes))
 
-    return Selection(QUICK, dtypes or ("fp32", "bf16"), layouts or ("NCHW", "NHWC"), sizes, compiled)
+def launches(tiny: bool, backends: Sequence[str]) -> list[tuple[Case, str]]:
+    """Cases that launch every kernel of the backends, at the sizes of a GPU run or on maps of a few pixels."""
+    training = ("upsample_add", "lateral_connection", "weighted_merge")
+    places = {(name, TRAINING if name in training else FORWARD, level) for name, _, level in _ALL if name != "neck"}
+    return [
+        (_case(place, batch, *form, tiny), f"{LIBRARY}/{backend}")
+        for backend in backends
+        for form in ((_MISSED[0], _OTHERS[2]) if tiny else (*_MISSED, *_OTHERS))
+        for batch in ((1,) if tiny else (1, 2, 8))
+        for place in sorted(places, key=str)
+        # The Triton kernel of the 3x3 reads NHWC maps.
+        if (place[0], form[1], backend) != ("output_conv", "NCHW", "triton")
+    ]

@@ -1,56 +1,51 @@
-"""pytest's side of the suite: options, the cases of each file, the machine's description.
-
-Read only where `benchmarks` is among the paths that pytest is given, so that the options exist nowhere else.
-"""
+"""The pytest side of the suite: its options, the items of a selection, and their records."""
 
 from __future__ import annotations
 
 import os
-import platform
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import fpn_kernels
-from benchmarks import allocator, cases, machine, providers
-from benchmarks.harness import Harness
+from benchmarks import cases, measure, providers
+from benchmarks.clock import keep_pages
 from benchmarks.options import add_options
-from benchmarks.report import format_seconds
-from fpn_kernels import compatibility
 
-BEFORE, AFTER = "before", "after"
-_STARTED = pytest.StashKey[tuple[float, float | None]]()
-_PROGRESS = pytest.StashKey["Progress"]()
-ALLOCATOR = allocator.keep_pages()
+keep_pages()
 
+# Seconds that an item may take; the first rows of the library compile its Triton kernels.
+_BUDGET = 60.0
+_BUDGETS = {cases.COMPILE: 90.0, cases.MAX_AUTOTUNE: 120.0}
+# Few Python installations on a GPU machine have it; without it the rounds run in a plain loop.
+try:
+    import pytest_benchmark  # noqa: F401
+except ImportError:
 
-class Progress:
-    """How long the rows still to come will take, if they take as long as those before."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._done: set[str] = set()
-        self._began = time.monotonic()
-
-    def left(self, row: str) -> str:
-        """For the line of a row that is done; nothing after the last one."""
-        self._done.add(row)
-        seconds = (time.monotonic() - self._began) / len(self._done) * (self._rows - len(self._done))
-        return f", about {format_seconds(seconds)} left" if seconds else ""
+    @pytest.fixture
+    def benchmark() -> None:
+        return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add_options(parser.getgroup("fpn_kernels benchmarks").addoption)
+    group = parser.getgroup("fpn_kernels benchmarks")
+    add_options(group.addoption)
+    group.addoption("--select", default="quick", help="a preset or a part of a GPU run (cases.py)")
+    group.addoption("--small", action="store_true", help="maps of a few pixels")
+    group.addoption("--seconds", type=float, default=0.4, help="for the rounds of one clock of a row")
+    group.addoption("--candidates", default="", metavar="MODULE", help="a module with a list CANDIDATES")
 
 
-def _preset(config: pytest.Config) -> str:
-    return next((name for name in ("tiny", "full") if config.getoption(f"--{name}")), "quick")
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing; unset it")
+    if device_of(config).type == "cuda":
+        torch.cuda.set_device(device_of(config))
 
 
-def _device(config: pytest.Config) -> torch.device:
+def device_of(config: pytest.Config) -> torch.device:
     name = config.getoption("--device")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,116 +60,101 @@ def _device(config: pytest.Config) -> torch.device:
     return device
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise pytest.UsageError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing; unset it")
-    device = _device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    config.stash[_STARTED] = (time.monotonic(), _stalled_seconds())
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    preset, device = _preset(config), _device(config)
-    asked = (config.getoption(f"--{name}") for name in ("dtype", "layout", "batch"))
-    selection = cases.select(preset, device.type, *asked)
-    if "moment" in metafunc.fixturenames:
-        metafunc.parametrize("moment", (BEFORE, AFTER))
-    if "ceiling_dtype" in metafunc.fixturenames:
-        metafunc.parametrize("ceiling_dtype", selection.dtypes)
-    if "case" in metafunc.fixturenames:
-        available = fpn_kernels.available_backends()
-        # The providers of one case run back to back: a ratio then compares the same minute of the machine.
-        rows = [
-            pytest.param(case, provider, id=f"{case.direction} {case} {provider}".replace(" ", "-"))
-            for case in selection.cases(metafunc.module.OPERATOR)
-            for provider in providers.providers(device.type, preset, available, selection.compiled(case))
-        ]
-        metafunc.parametrize(("case", "provider"), rows)
+    for kind, values_of in _VALUES.items():
+        if kind in metafunc.fixturenames:
+            values = list(values_of(metafunc.config))
+            metafunc.parametrize(kind, values, ids=[_unit(kind, value)["id"] for value in values])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Half of the ceilings go last: the best of two moments is less at the mercy of what else the machine did."""
+    """Attaches the units, which `plugin.py` writes; the second half of the ceilings goes last."""
+    found = []
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        kind, value = next(iter(item.callspec.params.items()))
+        if isinstance(value, tuple):  # pytest makes an item of an empty list of values, too
+            item.user_properties.append(("unit", _unit(kind, value)))
+            found.append(item)
+    items[:] = sorted(found, key=lambda item: "-after]" in item.nodeid)
 
-    def goes_last(item: pytest.Item) -> bool:
-        return isinstance(item, pytest.Function) and hasattr(item, "callspec") and _moment(item) == AFTER
 
-    items.sort(key=goes_last)  # stable: everything else stays in its order
+def _unit(kind: str, value: tuple[Any, ...]) -> dict[str, Any]:
+    """The description of an item, of which its record is an extension."""
+    if kind == "ceiling":
+        return {"id": "-".join(value).replace(" ", "-"), "kind": kind, "budget": _BUDGET}
+    case, provider = value[0], str(value[1])
+    name = f"{case.operator} {case.direction} {case} {provider}".replace(" ", "-")
+    budget = 300.0 if kind == "launch" else _BUDGETS.get(provider, _BUDGET)
+    return {"id": name, "kind": kind, **case.described(), "provider": provider, "budget": budget}
 
 
-def _moment(item: pytest.Function) -> Any:
-    return item.callspec.params.get("moment")
-
-
-@pytest.fixture
-def harness(benchmark: Any, request: pytest.FixtureRequest) -> Harness:
-    config = request.config
-    properties = request.node.user_properties
-    return Harness(
-        benchmark=benchmark,
-        device=_device(config),
-        seconds=float(config.getoption("benchmark_max_time")),
-        min_rounds=config.getoption("benchmark_min_rounds"),
-        tiny=_preset(config) == "tiny",
-        announce=lambda median: properties.append(("median", median)),  # for the progress line
+def _selection(config: pytest.Config) -> cases.Selection:
+    device_type = device_of(config).type
+    return cases.Selection(
+        config.getoption("--select"),
+        device_type,
+        fpn_kernels.available_backends(),
+        providers.compiler_missing(device_type) is None,
+        config.getoption("--small"),
+        *(config.getoption(f"--{name}") for name in ("dtype", "layout", "batch")),
     )
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[_PROGRESS] = Progress(len(session.items))
+def _launches(config: pytest.Config) -> Values:
+    """For compute-sanitizer ("sanitize"), or to compile the Triton kernels of a GPU run ("prepare")."""
+    name = config.getoption("--select")
+    if name == "sanitize":
+        backends = [backend for backend in fpn_kernels.available_backends() if backend != "eager"]
+        yield from ((*launch, False) for launch in cases.launches(True, backends))
+    if name == "prepare":
+        yield from ((*launch, True) for launch in cases.launches(config.getoption("--small"), ["triton"]))
 
 
-def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
-    """The progress line ends in the row's time and what is left of the run rather than in PASSED."""
-    progress = config.stash.get(_PROGRESS, None)
-    median = dict(report.user_properties).get("median")
-    if report.when != "call" or not report.passed or not isinstance(median, float):
-        return None
-    return "passed", ".", f"{format_seconds(median)}{'' if progress is None else progress.left(report.nodeid)}"
+def _candidates(config: pytest.Config) -> Values:
+    if config.getoption("--candidates"):
+        for candidate in providers.candidates(config.getoption("--candidates")):
+            yield from ((case, candidate) for case in candidate.cases)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"benchmarks: {_preset(config)} selection on {_device(config)}"
+Values = Iterator[tuple[Any, ...]]
+_VALUES: dict[str, Callable[[pytest.Config], Values]] = {
+    "ceiling": lambda config: _selection(config).ceilings(),
+    "row": lambda config: _selection(config).rows(),
+    "launch": _launches,
+    "candidate": _candidates,
+}
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    device = _device(config)
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif isinstance(machine_info.get("cpu"), dict):
-        name = machine_info["cpu"].get("brand_raw", name)
-    machine_info["fpn_kernels"] = {
-        "version": fpn_kernels.__version__,
-        "torch": torch.__version__,
-        "triton": machine.triton_version(),
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "capability": machine.capability(device),
-        "backends": list(fpn_kernels.available_backends()),
-        "forced_backend": os.environ.get("FPN_KERNELS_BACKEND"),
-        "selection": _preset(config),
-        "allocator": ALLOCATOR,
-        "tf32": compatibility.tf32_is_allowed(),
-        "contention": _contention(config),
-    }
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """A dictionary that becomes the record of the item."""
+    made: dict[str, Any] = {}
+    request.node.user_properties.append(("record", made))
+    yield made
 
 
-def _stalled_seconds() -> float | None:
-    """Seconds since boot in which something that wanted a CPU had none; None where the kernel does not count them."""
-    try:
-        text = Path("/proc/pressure/cpu").read_text()
-        return int(text.splitlines()[0].rpartition("total=")[2]) / 1e6
-    except (OSError, ValueError, IndexError):
-        return None
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return device_of(request.config)
 
 
-def _contention(config: pytest.Config) -> float | None:
-    """The share of the run in which the CPUs were wanted by more than they could serve."""
-    begin, stalled_before = config.stash[_STARTED]
-    stalled = _stalled_seconds()
-    if stalled is None or stalled_before is None:
-        return None
-    return (stalled - stalled_before) / (time.monotonic() - begin)
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    return float(request.config.getoption("--seconds"))
+
+
+@pytest.fixture
+def repeat(benchmark: Any) -> measure.Repeat:
+    """Runs the rounds by pytest-benchmark, whose own table and options then work, or in a plain loop."""
+    if benchmark is None:
+        return measure.plain_repeat
+    return lambda once, before, rounds: benchmark.pedantic(once, setup=before, rounds=rounds, iterations=1)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """A row that cannot be measured here is skipped with the reason."""
+    outcome = yield
+    if outcome.excinfo is not None and isinstance(outcome.excinfo[1], providers.NotMeasuredError):
+        outcome.force_exception(pytest.skip.Exception(str(outcome.excinfo[1]), _use_item_location=True))

@@ -1,26 +1,25 @@
-"""Triton on a machine without a GPU, up to the launch: what the host does is done, and nothing is launched."""
+"""A Triton driver that compiles for sm_90 and launches nothing, for machines without a GPU."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from fpn_kernels.operators import dispatch
-from fpn_kernels.operators import plan_cache
-from fpn_kernels.gpu import availability
+from benchmarks.internals import availability, dispatch, geometry, plan_cache, tf32_is_allowed
 
-# Triton remembers by device what it compiled: each stand-in is a device that no other launch may mean.
+# Triton caches compiled kernels per device: each driver is a device number of its own.
 _DEVICES = itertools.count(2000)
 
 
 class Driver:
-    """Stands in Triton's driver's place: compiles for sm_90 and writes down each launch (name, grid, arguments).
+    """Replaces Triton's driver: compiles for sm_90 and records each launch.
 
-    `scratch` has the addresses of the memory that the launches asked for.
+    Attributes:
+        launched: name, grid and arguments of each launch.
+        scratch: the addresses of the scratch memory of the launches.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -39,7 +38,7 @@ class Driver:
             def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
                 _stream, _function, _metadata, _launch_metadata, _enter, _exit, *arguments = rest
                 if self.scratch:
-                    # As Triton's launcher does, which keeps nothing of it either.
+                    # As Triton's own launcher does.
                     scratch.append(_allocation._allocator.get()(self.scratch, 128, 0).data_ptr())
                 if keep:
                     launched.append((self.name, (x, y, z), tuple(arguments)))
@@ -60,7 +59,7 @@ class Driver:
 
 class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}  # Hopper's, as the compiler for sm_90 counts on
+        return {"max_shared_mem": 232448}  # of sm_90
 
     def load_binary(self, *arguments: Any) -> tuple[int, ...]:
         return 1, 2, 100, 0, 1024  # module, function, registers, spills, threads
@@ -68,7 +67,7 @@ class _Utils:
 
 @contextlib.contextmanager
 def driver(*, keep: bool = True) -> Iterator[Driver]:
-    """Within it Triton compiles and launches by a stand-in; where `keep`, launches are kept, tensors and all."""
+    """Replaces Triton's driver inside the block; with `keep`, launches are recorded with their tensors."""
     import triton
 
     stand_in = Driver(keep=keep)
@@ -76,16 +75,23 @@ def driver(*, keep: bool = True) -> Iterator[Driver]:
         yield stand_in
 
 
+def _arithmetic_on_a_gpu(feature: Any) -> str:
+    """As `geometry.arithmetic_of` answers for a CUDA tensor."""
+    if feature.element_size() == 2:
+        return "half"
+    return "tf32" if tf32_is_allowed() else "ieee"
+
+
 @contextlib.contextmanager
 def triton_serves_the_cpu(*, keep: bool = True) -> Iterator[Driver]:
-    """Within it the backend "triton" takes CPU tensors as if they were a GPU's.  No result is ever written."""
-    ours = dataclasses.replace(dispatch._registry["triton"], unavailable=lambda: None)
+    """Inside the block the backend "triton" accepts CPU tensors as if they were on a GPU; no result is written."""
     plan_cache.clear()
     try:
         with (
             driver(keep=keep) as stand_in,
-            mock.patch.object(availability, "_tensor_refusal", lambda tensor: None),
-            mock.patch.dict(dispatch._registry, {"triton": ours}),
+            mock.patch.object(availability, "tensor_refusal", lambda tensor: None),
+            mock.patch.object(geometry, "arithmetic_of", _arithmetic_on_a_gpu),
+            mock.patch.dict(dispatch.BACKENDS, {"triton": lambda: None}),
             dispatch.use_backend("triton"),
         ):
             yield stand_in

@@ -1,4 +1,4 @@
-"""The suite's own options, defined once for pytest (`conftest.py`) and for the runner (`__main__.py`)."""
+"""The options that the commands and pytest share."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ LAYOUTS = ("NCHW", "NHWC")
 
 
 def _names(text: str, kind: str, allowed: Mapping[str, str]) -> tuple[str, ...]:
-    """The comma-separated names in `text`, each looked up in `allowed` without regard to case."""
-    found = []
-    for word in text.split(","):
-        name = allowed.get(word.strip().lower())
-        if name is None:
+    """The comma-separated names in `text`, looked up in `allowed` without regard to case."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word.lower() not in allowed:
             known = ", ".join(dict.fromkeys(allowed.values()))
-            raise argparse.ArgumentTypeError(f"{word.strip()!r} is not a {kind}; choose from {known}")
-        if name not in found:
-            found.append(name)
-    return tuple(found)
+            raise argparse.ArgumentTypeError(f"{word!r} is not a {kind}; choose from {known}")
+    return tuple(dict.fromkeys(allowed[word.lower()] for word in words))
 
 
 def dtypes(text: str) -> tuple[str, ...]:
-    short = {name: name for name in DTYPES}
-    return _names(text, "dtype", {**short, **{long: name for name, long in DTYPES.items()}})
+    return _names(text, "dtype", {**{name: name for name in DTYPES}, **{long: name for name, long in DTYPES.items()}})
 
 
 def layouts(text: str) -> tuple[str, ...]:
@@ -44,9 +40,10 @@ def batches(text: str) -> tuple[int, ...]:
 
 
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--full", {"action": "store_true", "help": "every shape, level, mode and provider (an hour or so on a CPU)"}),
-    ("--tiny", {"action": "store_true", "help": argparse.SUPPRESS}),  # for the tests of the suite itself
-    ("--device", {"metavar": "NAME", "default": "auto", "help": "cpu, cuda or cuda:N; the best one here by default"}),
+    (
+        "--device",
+        {"metavar": "NAME", "default": "auto", "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
+    ),
     ("--dtype", {"metavar": "NAMES", "type": dtypes, "help": f"comma-separated, of {', '.join(DTYPES)}"}),
     ("--layout", {"metavar": "NAMES", "type": layouts, "help": f"comma-separated, of {', '.join(LAYOUTS)}"}),
     ("--batch", {"metavar": "SIZES", "type": batches, "help": "comma-separated batch sizes"}),
@@ -59,12 +56,8 @@ def add_options(addoption: Callable[..., Any]) -> None:
 
 
 def to_arguments(values: argparse.Namespace) -> Iterable[str]:
-    """The command-line form of those options that `values` sets, to be handed on to pytest."""
-    for flag, settings in OPTIONS:
+    """The options that `values` sets, as pytest takes them."""
+    for flag, _ in OPTIONS:
         value = getattr(values, flag.removeprefix("--"))
-        if value == settings.get("default") or value in (None, False):
-            continue
-        if value is True:
-            yield flag
-        else:
+        if value is not None:
             yield f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
