@@ -77,6 +77,8 @@ test: build
 test-nightly: build
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 $(PY) -m pytest $(WORKERS) -m nightly $(ARGS)
 	HYPOTHESIS_PROFILE=nightly PYTEST_TIMEOUT=3600 TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) -m "nightly and interpreter" $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS) experiments/tests
+	TRITON_INTERPRET=1 $(PY) -m pytest $(WORKERS) $(ARGS) experiments/tests
 
 test-random: build
 	$(PY) -m pytest $(WORKERS) --random-order-bucket=global --random-order-seed=$(SEED) $(ARGS)

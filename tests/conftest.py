@@ -18,7 +18,6 @@ MARKERS = {
     "interpreter": "runs Triton kernels on the CPU, under TRITON_INTERPRET=1",
     "large": "takes 16 GB of memory and a minute; `make test-large` runs these",
     "nightly": "slow, and rarely breaks; `make test-nightly` runs these (all tests in tests/nightly/ have it)",
-    "sampled(n)": "every n-th case only, except in `make test-nightly`; new tests list their cases by hand instead",
 }
 
 
@@ -46,28 +45,13 @@ def _is_nightly(config: pytest.Config) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name == "nightly" or item.get_closest_marker("sampled"):
+        if item.path.parent.name == "nightly":
             item.add_marker(pytest.mark.nightly)
     # A test that is named on the command line runs, nightly or not.
     if not _is_nightly(config) and not any("::" in argument for argument in config.args):
-        left_out = _left_out(items)
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     _skip(items)
-
-
-def _left_out(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The nightly tests, and of each `sampled(n)` test all cases but every n-th (2n-th under the interpreter)."""
-    sampled: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("sampled"):
-            sampled.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept: set[pytest.Item] = set()
-    for cases in sampled.values():
-        marker = cases[0].get_closest_marker("sampled")
-        assert marker is not None
-        kept.update(cases[:: marker.args[0] * (2 if INTERPRETED else 1)])
-    return {item for item in items if item.get_closest_marker("nightly")} - kept
 
 
 def _skip(items: list[pytest.Item]) -> None:

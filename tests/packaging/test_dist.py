@@ -121,7 +121,7 @@ def test_the_sdist_holds_every_source_and_nothing_that_was_built(sdist: pathlib.
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path for path in _of_the_project() if not path.startswith("benchmarks/results/")}
-    assert {"csrc/library.cpp", "csrc/cpu/vectors.h", "csrc/cuda/refusal.cu", "fpn_kernels/py.typed"} <= expected
+    assert {"csrc/library.cpp", "csrc/simd/vectors.h", "csrc/cuda/refusal.cu", "fpn_kernels/py.typed"} <= expected
     assert expected - names == set()
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CONTRIBUTING.md", "mkdocs.yml"} <= names
     assert [name for name in names if name.endswith((".so", ".o", ".pyc")) or "__pycache__" in name] == []
