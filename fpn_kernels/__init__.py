@@ -1,11 +1,11 @@
 """Fused kernels for Feature Pyramid Networks, as torch operators with autograd."""
 
-# The first of all: it asks for the torch that the rest needs.
+# First: it checks that torch is new enough for the rest.
 from fpn_kernels import compatibility as compatibility  # isort: split
 
-from fpn_kernels import reference
+from fpn_kernels import functional, reference
 from fpn_kernels.diagnostics import explain
-from fpn_kernels.functional import lateral_connection, output_conv, top_down_pathway, upsample_add, weighted_merge
+from fpn_kernels.functional import *  # noqa: F403 - the functions in its `__all__`
 from fpn_kernels.interop import convert_state_dict, fuse, unfuse
 from fpn_kernels.modules import (
     ExtraFPNBlock,
@@ -24,6 +24,7 @@ from fpn_kernels.roi import assign_levels
 from fpn_kernels.version import __version__
 
 __all__ = [
+    *functional.__all__,
     "ExtraFPNBlock",
     "FeaturePyramidNetwork",
     "FrozenBatchNorm2d",
@@ -38,14 +39,9 @@ __all__ = [
     "decompositions",
     "explain",
     "fuse",
-    "lateral_connection",
-    "output_conv",
     "reference",
     "resnet50_fpn",
     "resnet101_fpn",
-    "top_down_pathway",
     "unfuse",
-    "upsample_add",
     "use_backend",
-    "weighted_merge",
 ]

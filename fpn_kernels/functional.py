@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from fpn_kernels.operators import aten, checks, dispatch, paths
+from fpn_kernels.operators import checks, paths
 from fpn_kernels.operators.lateral_connection import LATERAL_CONNECTION
 from fpn_kernels.operators.output_conv import OUTPUT_CONV, OUTPUT_CONV_LEVELS
 from fpn_kernels.operators.reorder import REORDER
 from fpn_kernels.operators.top_down_pathway import TOP_DOWN_PATHWAY
 from fpn_kernels.operators.upsample_add import UPSAMPLE_ADD
 from fpn_kernels.operators.weighted_merge import WEIGHTED_MERGE
+
+# The public names of the package; the rest is for its modules.
+__all__ = ["lateral_connection", "output_conv", "top_down_pathway", "upsample_add", "weighted_merge"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -266,41 +269,6 @@ def _is_recorded(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return any(tensor.requires_grad for tensor in tensors)
-
-
-def output_conv_format(feature: Tensor, *, recorded: bool = False) -> torch.memory_format:
-    """The layout of a merged map in which `output_conv` is fastest on this machine, whatever the layout of its result.
-
-    For the producer of the map: `lateral_connection` writes either layout without an extra pass.
-
-    Args:
-        feature: a map of the same batch, size, device and dtype, e.g. the backbone's map of that level.  Under
-            autocast, autocast's dtype is used.
-        recorded: whether autograd will record the convolution.
-
-    Returns:
-        `torch.contiguous_format`, `torch.channels_last`, or `torch.preserve_format` where it does not matter.
-    """
-    device_type, dtype = feature.device.type, feature.dtype
-    # ATen's gradients on CUDA copy maps whose layout differs from the gradient's.  Forward and backward of the neck of
-    # an NCHW image of 800 x 1280 took 1.51 ms on an H100 with NHWC maps inside, and eager 1.46; without gradients, 266
-    # us and eager 540.
-    if not aten.is_large(feature) or (recorded and device_type == "cuda"):
-        return torch.preserve_format
-    # Not every device type has autocast, and the compiler of torch 2.11 cannot list those that have.
-    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    return _output_conv_format(device_type, dtype)
-
-
-def _output_conv_format(device_type: str, dtype: torch.dtype) -> torch.memory_format:
-    return dispatch.fastest_format(OUTPUT_CONV, device_type, dtype)
-
-
-# A constant to torch.compile, which cannot trace the selection of backends: the compiled network is right with any
-# layout.  `torch.compiler.assume_constant_result` sets this mark, too, but imports the whole compiler and Triton.
-_output_conv_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reorder(source: Tensor, memory_format: torch.memory_format) -> Tensor:

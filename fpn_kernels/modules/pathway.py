@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fpn_kernels import functional
 from fpn_kernels.modules.fusing import Parameters, fused_parameters, is_autocast, is_identity
 from fpn_kernels.operators.layouts import result_format
+from fpn_kernels.operators.output_conv.layout import best_format
 
 GAINS = {"sum": 1.0, "avg": 0.5}
 
@@ -102,7 +103,7 @@ def _merged_format(features: Sequence[Tensor], outputs: Sequence[Parameters | No
     if not given:
         return torch.preserve_format
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *features))
-    return functional.output_conv_format(features[0], recorded=recorded)
+    return best_format(features[0], recorded=recorded)
 
 
 def _merges(levels: Sequence[_Level], order: Order, resize: dict[str, Any]) -> Iterator[Tensor]:

@@ -13,8 +13,9 @@ from test_output_conv import random_inputs
 from torch._subclasses import FakeTensorMode
 
 import fpn_kernels
-from fpn_kernels import functional, reference
+from fpn_kernels import reference
 from fpn_kernels.operators import aten
+from fpn_kernels.operators.output_conv import layout
 
 
 @needs_library
@@ -44,19 +45,19 @@ def test_the_format_of_a_merged_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps, eager, and maps that autograd records on a GPU keep their layout."""
     large, small = torch.empty(1, 1, 64, 64), torch.empty(1, 1, 8, 8)
     with fpn_kernels.use_backend("eager"):
-        assert functional.output_conv_format(large) == torch.preserve_format
-    monkeypatch.setattr(functional, "_output_conv_format", lambda device_type, dtype: torch.channels_last)
-    assert functional.output_conv_format(small) == torch.preserve_format
-    assert functional.output_conv_format(large, recorded=True) == torch.channels_last
+        assert layout.best_format(large) == torch.preserve_format
+    monkeypatch.setattr(layout, "_best_format_for", lambda device_type, dtype: torch.channels_last)
+    assert layout.best_format(small) == torch.preserve_format
+    assert layout.best_format(large, recorded=True) == torch.channels_last
     with FakeTensorMode():
         feature: Any = torch.empty(1, 1, 64, 64, device="cuda:0")
-    assert functional.output_conv_format(feature) == torch.channels_last
-    assert functional.output_conv_format(feature, recorded=True) == torch.preserve_format
+    assert layout.best_format(feature) == torch.channels_last
+    assert layout.best_format(feature, recorded=True) == torch.preserve_format
 
 
 @needs_library
 def test_the_format_under_autocast_is_that_of_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten, "onednn_multiplies", lambda dtype: True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert functional.output_conv_format(torch.empty(1, 1, 64, 64)) == torch.channels_last
-        assert functional.output_conv_format(torch.empty(1, 1, 64, 64, dtype=torch.float64)) == torch.preserve_format
+        assert layout.best_format(torch.empty(1, 1, 64, 64)) == torch.channels_last
+        assert layout.best_format(torch.empty(1, 1, 64, 64, dtype=torch.float64)) == torch.preserve_format

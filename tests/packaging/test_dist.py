@@ -83,7 +83,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         shutil.copy(ROOT / path, tree / path)
     # The files of an earlier build are not distributed.
     (tree / "fpn_kernels" / "_native.so").write_bytes(b"of an earlier build")
-    (tree / "csrc" / "cpu" / "tables.o").write_bytes(b"of an earlier build")
+    (tree / "csrc" / "simd" / "tables.o").write_bytes(b"of an earlier build")
     (tree / "fpn_kernels" / "__pycache__").mkdir()
     (tree / "fpn_kernels" / "__pycache__" / "old.cpython-310.pyc").write_bytes(b"of an earlier run")
     _run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", "dist", cwd=tree)
@@ -121,7 +121,7 @@ def test_the_sdist_holds_every_source_and_nothing_that_was_built(sdist: pathlib.
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {path for path in _of_the_project() if not path.startswith("benchmarks/results/")}
-    assert {"csrc/library.cpp", "csrc/simd/vectors.h", "csrc/cuda/refusal.cu", "fpn_kernels/py.typed"} <= expected
+    assert {"csrc/isa.cpp", "csrc/simd/vectors.h", "csrc/cuda/refusal.cu", "fpn_kernels/py.typed"} <= expected
     assert expected - names == set()
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CONTRIBUTING.md", "mkdocs.yml"} <= names
     assert [name for name in names if name.endswith((".so", ".o", ".pyc")) or "__pycache__" in name] == []
@@ -142,7 +142,7 @@ def test_a_wheel_made_from_the_sdist_without_a_compiler_computes(
     assert "native does not: the compiled library was not built" in said and "served by eager" in said
 
 
-# Stands in for a compiler with the compiled library: test_native_build.py tests the build.
+# Stands in for a compiler with the compiled library: tests/cpu/test_native_build.py tests the build.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in
