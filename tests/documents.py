@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for path in (*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / "docs").rglob("*.md"))
+    for pattern in ("*.md", "csrc/**/*.md", "docs/**/*.md", "experiments/**/*.md")
+    for path in ROOT.glob(pattern)
 )
 _FENCE = re.compile(r"^ *(?P<marks>```+|~~~+) *(?P<language>[^`\n]*)$")
 

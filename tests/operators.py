@@ -27,9 +27,9 @@ def _gathered(grad: Tensor, top_size: Sequence[int], *, mode: str = "nearest", g
     return result
 
 
-def _merge_backward(grad: Tensor, top_size: Sequence[int], own: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def _merge_backward(grad: Tensor, top_size: Any, upstream: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     top = _gathered(grad, top_size, **options)
-    return top if own is None else top + own, options.get("gain", 1.0) * grad.sum((0, 2, 3))
+    return top if upstream is None else top + upstream, options.get("gain", 1.0) * grad.sum((0, 2, 3))
 
 
 def _weight_gradients(grad: Tensor, feature: Tensor, **_: Any) -> tuple[Tensor, ...]:
@@ -199,11 +199,11 @@ _MERGE_BACKWARD = Operator(
         Sample("uneven ratios, none to add", lambda m: (m.map(2, 6, 9, 7), (5, 3), None), {"gain": 0.7}),
         Sample("bilinear", lambda m: (m.map(2, 6, 7, 9), (1, 2), m.map(2, 6, 1, 2)), {"mode": "bilinear"}),
     ),
-    like=lambda grad, size, own: [grad],
+    like=lambda grad, size, upstream: [grad],
     bad=_bad(
-        (lambda g, s, own: (g, s, own[:, :, 1:]), ValueError, r"upstream: expected the shape \[2, 16, 4, 8\], got"),
-        (lambda g, s, own: (g, s, own.double()), TypeError, "upstream: expected the dtype of grad"),
-        (lambda g, s, own: (g, s, own[0]), ValueError, f"own: {_MAP}"),
+        (lambda g, s, up: (g, s, up[:, :, 1:]), ValueError, r"upstream: expected the shape \[2, 16, 4, 8\], got"),
+        (lambda g, s, up: (g, s, up.double()), TypeError, "upstream: expected the dtype of grad"),
+        (lambda g, s, up: (g, s, up[0]), ValueError, f"upstream: {_MAP}"),
     ),
     public=False,
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -156,37 +155,6 @@ def test_every_public_name_has_a_place_in_the_api_pages() -> None:
     # Documented elsewhere: the modules of formulas, and the version in a sentence of its own.
     assert set(shown) - {"roofline", "resampling"} == set(fpn_kernels.__all__) - {"__version__"}
     assert "`fpn_kernels.__version__`" in pages
-
-
-# ---- the operator that is shown as an example
-
-_ROW = re.compile(r"^\| `(?P<path>[\w/.]+)` \|", re.MULTILINE)
-
-
-def _history() -> str | None:
-    """Why commits cannot be looked up, or None."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        return "not a git checkout"
-    run = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True)
-    return None if run.stdout.strip() == "false" else "a shallow clone has no history"
-
-
-@pytest.mark.skipif(_history() is not None, reason=f"{_history()}")
-def test_the_commits_that_are_walked_through_touched_these_files() -> None:
-    text = TEXTS[Path("docs/adding-an-operator.md")]
-    claims = []
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        commit = re.search(r"commit `([0-9a-f]{7})`", section.splitlines()[0])
-        if commit:
-            claims += [(commit[1], path) for path in _ROW.findall(section)]
-    claims += re.findall(r"^\| `([0-9a-f]{7})` \| `([\w/.]+)` \|", text, flags=re.MULTILINE)
-    assert len(claims) >= 30 and len({commit for commit, _ in claims}) == 5
-    touched: dict[str, set[str]] = {}
-    for commit, path in claims:
-        if commit not in touched:
-            command = ["git", "show", "--name-only", "--format=", commit]
-            touched[commit] = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split())
-        assert path in touched[commit], f"{commit} did not touch {path}"
 
 
 # ---- the drawing

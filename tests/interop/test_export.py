@@ -14,7 +14,6 @@ from twins import group_norm
 
 import fpn_kernels
 from fpn_kernels import resampling
-from fpn_kernels.operators import decompositions
 
 pytestmark = pytest.mark.filterwarnings(exporting.QUIET)
 
@@ -59,13 +58,17 @@ def test_under_autocast_they_compute_in_the_operators_dtype() -> None:
     feature, weight, bias = torch.randn(1, 6, 10, 14), torch.randn(5, 6), torch.randn(5)
     top, double = torch.randn(1, 5, 5, 7, dtype=torch.bfloat16), torch.randn(1, 5, 10, 14, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        merged = decompositions.lateral_connection(feature, weight, bias, top)
+        forms = fpn_kernels.decompositions()
+        connect, merge = (
+            forms[getattr(torch.ops.fpn_kernels, name).default] for name in ("lateral_connection", "upsample_add")
+        )
+        merged = connect(feature, weight, bias, top)
         operator = torch.ops.fpn_kernels.lateral_connection(feature, weight, bias, top)
         assert merged.dtype == operator.dtype == torch.bfloat16
         assert oracle.error(merged, operator.double()) <= 4 * oracle.rounding(torch.bfloat16)
-        added = decompositions.upsample_add(top, operator.float())
+        added = merge(top, operator.float())
         assert torch.equal(added, torch.ops.fpn_kernels.upsample_add(top, operator.float()))
-        assert decompositions.upsample_add(top.double(), double).dtype == torch.float64
+        assert merge(top.double(), double).dtype == torch.float64
 
 
 def test_the_formulas_agree_where_float32_arithmetic_says_so() -> None:

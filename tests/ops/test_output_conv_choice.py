@@ -27,8 +27,8 @@ def test_16_bits_with_and_without_instructions_for_them(
 ) -> None:
     """By PyTorch's own convolution: without vectors the library has none."""
     monkeypatch.setattr(aten, "onednn_multiplies", lambda dtype: by_onednn)
-    for layout in ("nchw", "nhwc"):
-        inputs = [t.requires_grad_() for t in random_inputs((1, 8, 8, *size), dtype, "cpu", layout)]
+    for given in ("nchw", "nhwc"):
+        inputs = [t.requires_grad_() for t in random_inputs((1, 8, 8, *size), dtype, "cpu", given)]
         wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
         with limited(PORTABLE), fpn_kernels.use_backend("native"):
             result = fpn_kernels.output_conv(*inputs)

@@ -139,7 +139,7 @@ def _assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path of the calls: in Python, which bypasses the dispatcher for plain calls, or through the dispatcher."""
     if request.param == "dispatcher":
-        monkeypatch.setattr(paths, "operators", lambda *tensors: torch.ops.fpn_kernels)
+        monkeypatch.setattr(paths, "path_of", lambda *tensors: paths.DISPATCHED)
     chosen: str = request.param
     return chosen
 

@@ -49,14 +49,13 @@ class TopDownPathway(NamedTuple):
         check_mode(self.mode)
         check_memory_format(self.memory_format)
         check_levels(features, weights, biases)
-        batch, channels = features[0].shape[0], None
         for level, (feature, weight, bias) in enumerate(zip(features, weights, biases, strict=True)):
             name = f"features[{level}]"
             check_convolution(name, feature, f"weights[{level}]", weight, f"biases[{level}]", bias)
             check_alike(name, feature, "features[0]", features[0])
+            batch, channels = features[0].shape[0], weights[0].shape[0]
             if feature.shape[0] != batch:
                 raise ValueError(f"{name}: expected the batch of features[0], {batch}, got {feature.shape[0]}")
-            channels = weight.shape[0] if channels is None else channels
             if weight.shape[0] != channels:
                 raise ValueError(
                     f"weights[{level}]: expected the output channels of weights[0], {channels}, got {weight.shape[0]}"
