@@ -15,18 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from native_calls import by_triton
 from samples import random_map
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels.backends.triton import (  # noqa: E402
-    autotune,
-    lateral_connection,
-    merge_backward,
-    output_conv,
-    upsample_add,
-    upsample_add_backward,
-)
+from fpn_kernels.gpu import autotune  # noqa: E402
+from fpn_kernels.operators.lateral_connection import triton as lateral_connection  # noqa: E402
+from fpn_kernels.operators.output_conv import tiles  # noqa: E402
+from fpn_kernels.operators.upsample_add import triton as upsample_add  # noqa: E402
+from fpn_kernels.operators.upsample_add import triton_backward as upsample_add_backward  # noqa: E402
 
 CANDIDATES = ("slow", "fast", "broken")
 
@@ -189,7 +187,7 @@ def test_the_variable() -> None:
     expected = {"": False, "0": False, "1": True, "on": True}
     code = (
         "import importlib, os, sys\n"
-        "from fpn_kernels.backends.triton import autotune\n"
+        "from fpn_kernels.gpu import autotune\n"
         "print(autotune.ENABLED)\n"
         "for value in sys.argv[1:]:\n"
         "    os.environ[autotune.ENVIRONMENT_VARIABLE] = value\n"
@@ -237,14 +235,13 @@ def test_without_a_home_answers_are_the_processs(
 def _calls() -> dict[str, Callable[[], Any]]:
     top, fine = (random_map((1, 64, *size), torch.half, layout="nhwc") for size in ((4, 4), (8, 8)))
     weight, taps = torch.randn(64, 64).half() / 8, torch.randn(68, 64, 3, 3).half() / 24
-    connect = lateral_connection.lateral_connection
     return {
-        "upsample_add": lambda: upsample_add.upsample_add(top, fine, "nearest", 1.0),
-        "upsample_add_backward": lambda: upsample_add_backward.upsample_add_backward(fine, (4, 4), "nearest", 1.0),
-        "merge_backward": lambda: merge_backward.merge_backward(fine, (4, 4), None, "nearest", 1.0)[0],
-        "lateral_connection": lambda: connect(fine, weight, None, top, "nearest", 1.0, None),
-        "bilinear": lambda: connect(fine, weight, None, top, "bilinear", 1.0, None),
-        "output_conv": lambda: output_conv.output_conv(fine, taps, None, None),
+        "upsample_add": lambda: by_triton("upsample_add", top, fine),
+        "upsample_add_backward": lambda: by_triton("upsample_add_backward", fine, (4, 4)),
+        "merge_backward": lambda: by_triton("merge_backward", fine, (4, 4), None)[0],
+        "lateral_connection": lambda: by_triton("lateral_connection", fine, weight, None, top),
+        "bilinear": lambda: by_triton("lateral_connection", fine, weight, None, top, "bilinear"),
+        "output_conv": lambda: by_triton("output_conv", fine, taps, None),
     }
 
 
@@ -278,7 +275,7 @@ def test_each_candidate_is_measured_once_and_gives_the_same_result(
 
 def test_answers_are_told_apart_by_every_field() -> None:
     """`repr` finds a candidate again: two that differ in anything must not share one."""
-    tables = (upsample_add.TABLE, upsample_add_backward.TABLE, lateral_connection.TABLE, output_conv.TABLE)
+    tables = (upsample_add.TABLE, upsample_add_backward.TABLE, lateral_connection.TABLE, tiles.TABLE)
     for table in tables:
         for tile in table.values():
             for config in tile if isinstance(tile, tuple) else (tile,):

@@ -15,21 +15,17 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from native_calls import by_triton, refusal_of
 from samples import random_map
 from targets import first_of_each
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels.backends.triton import (
-    eligibility,
-    geometry,
-    lateral_connection,
-    merge_backward,
-    upsample_add,
-    upsample_add_backward,
-)
-
 from fpn_kernels import resampling
+from fpn_kernels.gpu import availability, geometry
+from fpn_kernels.operators.lateral_connection import triton as lateral_connection
+from fpn_kernels.operators.upsample_add import triton as upsample_add
+from fpn_kernels.operators.upsample_add import triton_backward as upsample_add_backward
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PAIRS_OF_LAYOUTS = list(itertools.product(FORMATS, FORMATS))
@@ -55,6 +51,12 @@ def _close(result: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor | floa
     bound = bound + torch.finfo(result.dtype).smallest_normal * torch.finfo(result.dtype).eps
     excess = (result.double() - exact).abs() - bound
     assert float(excess.max()) <= 0, f"off by {float(excess.max())} more than rounding allows"
+
+
+def _connect(
+    feature: torch.Tensor, weight: torch.Tensor, bias: Any, top: Any, out: torch.Tensor, mode: str, gain: float = 0.7
+) -> None:
+    lateral_connection.plan_connection(feature, weight, bias, top, out, mode)(feature, weight, bias, top, out, gain)
 
 
 # --------------------------------------------------------------------------------------- every tile of every table
@@ -88,7 +90,7 @@ def test_every_tile_of_upsample_add(key: tuple[str, str, int], tile: Any, monkey
         top = random_map((2, 5, *top_size), dtype, layout=layouts[0])
         lateral = random_map((2, 5, *size), dtype, layout=layouts[1])
         out = _poisoned(lateral.shape, dtype, _layout_of(walk))
-        upsample_add.launch(top, lateral, out, mode, 0.7)
+        upsample_add.plan_merge(top, lateral, out, mode)(top, lateral, out, 0.7)
         _close(out, oracle.upsample_add(top, lateral, mode, 0.7), 8 * max(top_size))
 
 
@@ -102,7 +104,7 @@ def test_every_tile_of_the_gathers(key: tuple[str, int, int], tile: Any, monkeyp
     for (mode, (top_size, size)), layout in itertools.product(cases, FORMATS):
         grad = random_map((2, 5, *size), dtype, layout=layout)
         out = _poisoned((2, 5, *top_size), dtype, _layout_of(walk))
-        plan = upsample_add_backward.plan(grad, out, mode, bias=True)
+        plan = upsample_add_backward.plan_gather(grad, out, mode, bias=True)
         assert (plan.walk, plan.window) == (walk, window)
         partials = torch.full((plan.partials, 5), float("nan"))
         # With and without another gradient of the top.
@@ -111,7 +113,8 @@ def test_every_tile_of_the_gathers(key: tuple[str, int, int], tile: Any, monkeyp
             if layout == "nhwc" and window != upsample_add_backward.AREA
             else None
         )
-        upsample_add_backward.launch(plan, grad, out, own, partials, mode, 0.7)
+        gather = upsample_add_backward.gather(plan, grad, out, mode, bias=True, upstream=own is not None)
+        gather(grad, out, out if own is None else own, partials, 0.7)
         rows, columns = (oracle.resize_matrix(a, b, mode) for a, b in zip(top_size, size, strict=True))
         exact = torch.einsum("yh,ncyx,xw->nchw", rows, grad.double(), columns)
         terms = torch.einsum("yh,ncyx,xw->nchw", rows, grad.double().abs(), columns)
@@ -140,10 +143,10 @@ def test_every_tile_of_lateral_connection(key: tuple[str, str], monkeypatch: pyt
         bias = random_map((1, 1, 69, 2), dtype)[0, 0, :, 0]
         top = random_map((1, 69, 3, 5), dtype, layout=top_layout)
         out = _poisoned((1, 69, 7, 11), dtype, out_layout)
-        lateral_connection.launch(feature, weight, bias, top, out, "nearest", 0.7)
+        _connect(feature, weight, bias, top, out, "nearest")
         _close(out, oracle.lateral_connection(feature, weight, bias, top, "nearest", 0.7), 32.0)
         out.fill_(float("nan"))
-        lateral_connection.launch(feature, weight, None, None, out, "nearest", 0.7)
+        _connect(feature, weight, None, None, out, "nearest")
         _close(out, oracle.lateral_connection(feature, weight), 32.0)
 
 
@@ -158,7 +161,7 @@ def test_pairs_of_pixels_read_one_coarse_pixel(top_size: tuple[int, int], dtype:
     for top in (*tops, wide[..., 1::2], wide[..., : top_size[1]], tops[0][:1].expand(2, -1, -1, -1)):
         feature, weight = random_map((2, 20, *size), dtype), random_map((1, 1, 37, 20), dtype)[0, 0] / 4
         out = _poisoned((2, 37, *size), dtype, "nchw")
-        lateral_connection.launch(feature, weight, None, top, out, "nearest-exact", 0.7)
+        _connect(feature, weight, None, top, out, "nearest-exact")
         _close(out, oracle.lateral_connection(feature, weight, None, top, "nearest-exact", 0.7), 32.0)
 
 
@@ -170,14 +173,14 @@ def _all_results(layout: str) -> list[torch.Tensor]:
     top, lateral = random_map((2, 5, 4, 3), torch.float32, layout=layout), random_map((2, 5, 8, 6), torch.float32)
     uneven = random_map((2, 5, 7, 5), torch.float32, layout=layout)
     feature, weight = random_map((2, 9, 8, 6), torch.float32, layout=layout), torch.randn(5, 9)
-    results = [lateral_connection.lateral_connection(feature, weight, torch.randn(5), top, "nearest", 0.5, None)]
+    results = [by_triton("lateral_connection", feature, weight, torch.randn(5), top, "nearest", 0.5, None)]
     for mode in resampling.MODES:
         results += [
-            upsample_add.upsample_add(top, lateral, mode, 0.5),
-            upsample_add.upsample_add(top, uneven, mode, 1.0),
+            by_triton("upsample_add", top, lateral, mode, 0.5),
+            by_triton("upsample_add", top, uneven, mode, 1.0),
         ]
         for grad, size in ((lateral, (4, 3)), (uneven, (4, 3)), (uneven, (1, 1))):
-            results += [*merge_backward.merge_backward(grad, size, None, mode, 0.5)]
+            results += [*by_triton("merge_backward", grad, size, None, mode, 0.5)]
     return results
 
 
@@ -214,7 +217,7 @@ def test_every_fine_pixel_is_gathered_once_and_by_its_own_source(mode: str) -> N
     pairs.append((15991, 16069) if mode == "nearest" else (5779, 9777))
     for in_size, out_size in pairs:
         grad = torch.arange(1.0, out_size + 1).view(1, 1, 1, out_size)
-        result = upsample_add_backward.upsample_add_backward(grad, (1, in_size), mode, 1.0)
+        result = by_triton("upsample_add_backward", grad, (1, in_size), mode, 1.0)
         source = torch.tensor(oracle.nearest_index(in_size, out_size, mode))
         expected = torch.zeros(in_size).index_add_(0, source, grad.flatten())
         assert torch.equal(result.flatten(), expected), (in_size, out_size)
@@ -251,7 +254,7 @@ def test_the_bias_leaves_few_partial_sums() -> None:
             torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=FORMATS[layout])
             for shape in ((batch, 256, 200, 320), (batch, 256, 100, 160))
         )
-        plan = upsample_add_backward.plan(grad, out, "nearest", bias=True)
+        plan = upsample_add_backward.plan_gather(grad, out, "nearest", bias=True)
         assert plan.partials * 256 * 4 < 0.02 * grad.numel() * 2
 
 
@@ -261,7 +264,7 @@ def test_reasons_to_refuse() -> None:
         return torch.empty(1, dtype=dtype).expand(shape)
 
     def upsample(top: torch.Tensor, fine: torch.Tensor) -> str | None:
-        return eligibility.upsample_add(top, fine, "nearest", 1.0)
+        return refusal_of("triton", "upsample_add", top, fine)
 
     assert upsample(lateral(1, 1, 2, 2), lateral(1, 1, 4, 4)) is None
     for top, fine, reason in (
@@ -271,23 +274,23 @@ def test_reasons_to_refuse() -> None:
     ):
         assert reason in str(upsample(top, fine))
     feature, weight = lateral(1, 1, 2**15, 2**15), lateral(1, 1)
-    assert "2**30 pixels" in str(eligibility.lateral_connection(feature, weight, None, None, "nearest", 1.0, None))
-    assert eligibility.lateral_connection(feature[..., 1:], weight, None, None, "nearest", 1.0, None) is None
+    assert "2**30 pixels" in str(refusal_of("triton", "lateral_connection", feature, weight, None, None))
+    assert refusal_of("triton", "lateral_connection", feature[..., 1:], weight, None, None) is None
 
 
-@pytest.mark.skipif(eligibility.INTERPRETED, reason="the interpreter serves CPU tensors")
+@pytest.mark.skipif(availability.INTERPRETED, reason="the interpreter serves CPU tensors")
 def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
     maps = torch.empty(1, 1, 2, 2), torch.empty(1, 1, 4, 4)
-    assert eligibility.upsample_add(*maps, "nearest", 1.0) == "serves CUDA tensors, not cpu"
+    assert refusal_of("triton", "upsample_add", *maps) == "serves CUDA tensors, not cpu"
 
 
 def test_too_old_a_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eligibility, "_triton_version", lambda: "3.5.1")
-    assert eligibility.unavailable() == "Triton 3.5.1 is older than 3.6"
-    monkeypatch.setattr(eligibility, "_triton_version", lambda: None)
-    assert eligibility.unavailable() == "Triton is not installed"
+    monkeypatch.setattr(availability, "_triton_version", lambda: "3.5.1")
+    assert availability.unavailable() == "Triton 3.5.1 is older than 3.6"
+    monkeypatch.setattr(availability, "_triton_version", lambda: None)
+    assert availability.unavailable() == "Triton is not installed"
 
 
 def test_importing_the_backend_does_not_import_triton() -> None:
-    code = "import sys, fpn_kernels.backends.triton; sys.exit('triton' in sys.modules)"
+    code = "import sys, fpn_kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The second launch, by `launching.Launch`, equals the first, by Triton's own launcher.
+"""The second launch, by `launch.Launch`, equals the first, by Triton's own launcher.
 
 With a driver that compiles for sm_90 and records its launches (`benchmarks.no_launch`): no GPU is needed.
 """
@@ -12,24 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from native_calls import plan_of
 from samples import random_map
 from targets import INTERPRETED
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels.backends.triton import (  # noqa: E402
-    lateral_connection,
-    launching,
-    merge_backward,
-    output_conv,
-    upsample_add,
-    upsample_add_backward,
-    weighted_merge,
-    weighted_merge_backward,
-)
-
 from benchmarks import no_launch  # noqa: E402
+from fpn_kernels.gpu import launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -57,56 +48,56 @@ def _factors() -> Tensor:
 
 
 # Name -> operator, and what makes the arguments of a call: alike each time, in tensors of their own.
-CALLS: dict[str, tuple[Any, Callable[[float], tuple[Any, ...]]]] = {
-    "upsample_add": (upsample_add.upsample_add, lambda gain: (_map(16, 4, 8), _map(16, 8, 16), "nearest", gain)),
+CALLS: dict[str, tuple[str, Callable[[float], tuple[Any, ...]]]] = {
+    "upsample_add": ("upsample_add", lambda gain: (_map(16, 4, 8), _map(16, 8, 16), "nearest", gain)),
     "upsample_add-nchw": (
-        upsample_add.upsample_add,
+        "upsample_add",
         lambda gain: (_map(16, 3, 5, "nchw"), _map(16, 7, 11, "nchw"), "bilinear", gain),
     ),
     "upsample_add_backward": (
-        upsample_add_backward.upsample_add_backward,
+        "upsample_add_backward",
         lambda gain: (_map(16, 8, 16), (4, 8), "nearest", gain),
     ),
     "upsample_add_backward-area": (
-        upsample_add_backward.upsample_add_backward,
+        "upsample_add_backward",
         lambda gain: (_map(16, 8, 16), (1, 1), "nearest", gain),
     ),
     "merge_backward": (
-        merge_backward.merge_backward,
+        "merge_backward",
         lambda gain: (_map(16, 8, 16), (4, 8), _map(16, 4, 8), "nearest", gain),
     ),
     "lateral_connection": (
-        lateral_connection.lateral_connection,
+        "lateral_connection",
         lambda gain: (_map(16, 8, 16), _weight(1).flatten(1), _vector(), _map(16, 4, 8), "nearest", gain, None),
     ),
     "lateral_connection-alone": (
-        lateral_connection.lateral_connection,
+        "lateral_connection",
         lambda gain: (_map(16, 8, 16), _weight(1).flatten(1), None, None, "nearest", gain, None),
     ),
     "lateral_connection-bilinear": (
-        lateral_connection.lateral_connection,
+        "lateral_connection",
         lambda gain: (_map(16, 8, 16), _weight(1).flatten(1), _vector(), _map(16, 3, 5), "bilinear", gain, None),
     ),
     "weighted_merge": (
-        weighted_merge.weighted_merge,
+        "weighted_merge",
         lambda gain: (_map(16, 8, 16), _map(16, 4, 8), _map(16, 8, 16), _factors(), "nearest"),
     ),
     "weighted_merge-two": (
-        weighted_merge.weighted_merge,
+        "weighted_merge",
         lambda gain: (_map(16, 8, 16), _map(16, 8, 16), None, _factors(), "nearest"),
     ),
     "weighted_merge_backward": (
-        weighted_merge_backward.weighted_merge_backward,
+        "weighted_merge_backward",
         lambda gain: (_map(16, 8, 16), _map(16, 8, 16), torch.rand(())),
     ),
-    "output_conv": (output_conv.output_conv, lambda gain: (_map(16, 8, 16), _weight(3), _vector(), None)),
+    "output_conv": ("output_conv", lambda gain: (_map(16, 8, 16), _weight(3), _vector(), None)),
     "output_conv-packed": (
-        output_conv.output_conv,
+        "output_conv",
         lambda gain: (_map(16, 8, 16), _weight(3, "nchw"), None, torch.contiguous_format),
     ),
     "output_conv_levels": (
-        output_conv.output_conv_levels,
-        lambda gain: ([_map(16, 8, 16), _map(16, 4, 8)], [_weight(3)] * 2, [_vector(), _vector()], None),
+        "output_conv_levels",
+        lambda gain: ([_map(16, 8, 16), _map(16, 4, 8)], [_weight(3)] * 2, [_vector(), _vector()], [0, 1]),
     ),
 }
 
@@ -129,7 +120,7 @@ def _names(arguments: tuple[Any, ...]) -> dict[int, str]:
 def test_a_repeated_launch_is_the_first_one(name: str, driver: no_launch.Driver) -> None:
     operator, make = CALLS[name]
     first, second = make(0.7), make(0.3)  # no ratio of sizes is one of these
-    run = operator.prepare(*first)
+    run = plan_of("triton", operator, *first)
     assert not driver.launched, "preparing launches nothing"
     run(*first)
     by_triton = [(kernel, grid, _described(arguments, _names(first))) for kernel, grid, arguments in driver.launched]
@@ -147,22 +138,9 @@ def test_a_repeated_launch_is_the_first_one(name: str, driver: no_launch.Driver)
         assert any(0.3 in [x for x in arguments if isinstance(x, float)] for _, _, arguments in repeated)
 
 
-def test_tiles_over_descriptors_are_repeated(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
-    make = CALLS["lateral_connection"][1]
-    run = lateral_connection.lateral_connection.prepare(*make(1.0))
-    for gain in (0.7, 0.3):
-        call = make(gain)
-        run(*call)
-        ((kernel, _, arguments),) = driver.launched
-        driver.launched.clear()
-        assert kernel == "convolve" and gain in [value for value in arguments if isinstance(value, float)]
-        assert _described(arguments, _names(call))[0] == ("tensor 0",)
-
-
 def test_arguments_are_bound_once(driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, make = CALLS["upsample_add"]
-    run = operator.prepare(*make(1.0))
+    run = plan_of("triton", operator, *make(1.0))
     run(*make(1.0))
 
     def again(*arguments: Any, **keywords: Any) -> None:
@@ -178,7 +156,7 @@ def test_a_launch_holds_on_to_no_tensor(driver: no_launch.Driver) -> None:
     for name, (operator, make) in CALLS.items():
         call = make(0.5)
         flat = [each for argument in call for each in (argument if isinstance(argument, list) else [argument])]
-        run = operator.prepare(*call)
+        run = plan_of("triton", operator, *call)
         run(*call)
         # The prepared call is kept, as the library keeps it.
         alive[name] = run, [weakref.ref(each) for each in flat if isinstance(each, Tensor)]
@@ -192,6 +170,6 @@ def test_a_launch_holds_on_to_no_tensor(driver: no_launch.Driver) -> None:
 def test_a_stand_in_has_the_strides_of_the_result() -> None:
     like = _map(16, 4, 8)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        stand_in = launching.stand_in((2, 16, 4, 8), like, memory_format)
+        stand_in = launch.stand_in((2, 16, 4, 8), like, memory_format)
         assert stand_in.is_meta and stand_in.dtype == like.dtype
         assert stand_in.stride() == torch.empty((2, 16, 4, 8), memory_format=memory_format).stride()

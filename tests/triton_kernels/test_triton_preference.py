@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fpn_kernels.backends.triton import preference
+from native_calls import opt_in_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fpn_kernels.gpu import availability
+from fpn_kernels.operators.operator import OPERATORS
 
 # Numbers of devices that no other test has.
 HOPPER, AMPERE = 96, 97
@@ -31,7 +32,7 @@ def test_the_3x3_serves_in_16_bits_on_measured_gpus() -> None:
     def refusal(*size: int, device: int = HOPPER, dtype: torch.dtype = torch.bfloat16) -> str:
         how = {"device": device, "dtype": dtype}
         weight, bias = _tensor(256, 256, 3, 3, **how), _tensor(256, **how)
-        return str(preference.output_conv(_tensor(*size, **how), weight, bias, None))
+        return str(opt_in_of("triton", "output_conv", _tensor(*size, **how), weight, bias))
 
     assert refusal(1, 256, 200, 320) == "None"
     assert "so small a map" in refusal(1, 256, 8, 8)
@@ -43,7 +44,8 @@ def test_the_levels_of_a_pyramid_follow_the_largest() -> None:
     def levels(*sizes: tuple[int, int], **how: object) -> str | None:
         features = [_tensor(1, 256, *size, **how) for size in sizes]  # type: ignore[arg-type]
         weights = [_tensor(256, 256, 3, 3, **how) for _ in sizes]  # type: ignore[arg-type]
-        return preference.output_conv_levels(features, weights, [_tensor(256) for _ in weights], None)
+        biases = [_tensor(256) for _ in weights]
+        return opt_in_of("triton", "output_conv_levels", features, weights, biases, list(range(len(sizes))))
 
     assert levels((200, 320), (25, 40)) is None
     assert "level 0: cuDNN is faster" in str(levels((25, 40), (13, 20)))
@@ -53,22 +55,23 @@ def test_the_levels_of_a_pyramid_follow_the_largest() -> None:
 def test_the_chained_pathway_where_launches_overlap() -> None:
     def pathway(**how: object) -> str | None:
         feature = _tensor(1, 256, 8, 8, **how)  # type: ignore[arg-type]
-        return preference.top_down_pathway([feature], [feature], [None], "nearest", 1.0, None)
+        return opt_in_of("triton", "top_down_pathway", [feature], [feature], [], [])
 
     assert pathway() is None
     assert "this is 8.0" in str(pathway(device=AMPERE)) and "16 bits" in str(pathway(dtype=torch.float32))
 
 
-def test_the_layout_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest = OPERATORS["output_conv"].backends["triton"].fastest_format
     for device, expected in ((HOPPER, torch.channels_last), (AMPERE, torch.preserve_format)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
-        assert preference.output_conv_format("cuda", torch.bfloat16) == expected
-    assert preference.output_conv_format("cuda", torch.float32) == torch.preserve_format
-    assert preference.output_conv_format("cpu", torch.bfloat16) == torch.preserve_format
+        assert fastest("cuda", torch.bfloat16) == expected
+    assert fastest("cuda", torch.float32) == torch.preserve_format
+    assert fastest("cpu", torch.bfloat16) == torch.preserve_format
 
 
 def test_the_interpreter_serves_where_it_is_forced() -> None:
     feature = torch.empty(1, 128, 4, 4, dtype=torch.bfloat16)
-    assert "to check kernels" in str(preference.top_down_pathway([feature], [feature], [None], "nearest", 1.0, None))
-    assert "to check kernels" in str(preference.lateral_connection(feature, feature, None, None, "nearest", 1.0, None))
-    assert "to check kernels" in str(preference.memory_bound(feature, feature, "nearest", 1.0))
+    assert "for checking kernels" in str(opt_in_of("triton", "top_down_pathway", [feature], [feature], [], []))
+    assert "for checking kernels" in str(opt_in_of("triton", "lateral_connection", feature, feature, None, None))
+    assert "for checking kernels" in str(opt_in_of("triton", "upsample_add", feature, feature))

@@ -7,35 +7,24 @@ import itertools
 import math
 import pathlib
 import random
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import oracle
-import ptx
 import pytest
 import torch
-from machine_code import compile_for
+from native_calls import by_triton, plan_of, refusal_of
 from samples import random_map
 from targets import INTERPRETED
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fpn_kernels.backends.triton import (
-    autotune,
-    availability,
-    descriptor_kernels,
-    geometry,
-    lateral_connection,
-    top_down_pathway,
-)
-
 import fpn_kernels
 from benchmarks import no_launch
 from fpn_kernels import reference
+from fpn_kernels.gpu import autotune, availability, geometry
 
-VARIANTS = {variant.description: variant for variant in top_down_pathway.variants()}
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
@@ -61,51 +50,15 @@ def _errors(arguments: Sequence[Any], merged: Sequence[Tensor], **options: Any) 
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize(("layout", "mode"), [("nhwc", "nearest"), ("nchw", "nearest-exact")])
-def test_every_kernel_of_the_chain(
-    layout: str, mode: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
-) -> None:
+def test_every_kernel_of_the_chain(layout: str, mode: str, poisoned: None) -> None:
     """Doubled sizes, an odd one, and one that shrinks; channels with a tail."""
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half", "ieee"} if descriptors else ()))
     for dtype, tolerance in ((torch.bfloat16, 2**-7), (torch.float32, 1e-6)):
         arguments = _pathway([(8, 16), (4, 8), (3, 8), (5, 16)], [16, 24, 8, 40], 24, dtype, layout)
         with fpn_kernels.use_backend("triton"):
             merged = fpn_kernels.top_down_pathway(*arguments, mode=mode, gain=0.5)
             assert fpn_kernels.explain("top_down_pathway", *arguments, mode=mode).backend == "triton"
         assert max(_errors(arguments, merged, mode=mode, gain=0.5)) <= tolerance
-
-
-def _ptx(description: str) -> str:
-    code: str = compile_for(VARIANTS[description], 90).asm["ptx"]
-    return code
-
-
-@compiles
-@pytest.mark.nightly
-@pytest.mark.parametrize("description", [name for name, variant in VARIANTS.items() if variant.link.follows])
-def test_nothing_is_written_and_no_coarse_pixel_read_before_the_wait(description: str) -> None:
-    """On every path through the machine's own control flow, not as the source happens to be written."""
-    code = _ptx(description)
-    variant, everything, before = VARIANTS[description], ptx.instructions_of(code), ptx.before_the_wait(code)
-    assert ptx.writes(everything) and not ptx.writes(before)
-    leads = any("griddepcontrol.launch_dependents" in instruction for instruction in before)
-    assert leads == variant.link.leads
-    top = [name for name in variant.kernel.arg_names if variant.signature[name] != "constexpr"].index("top")
-    if not variant.descriptors:
-        assert ptx.reads_through(everything, top) and not ptx.reads_through(before, top)
-        return
-    # A box of coarse pixels is a bulk copy as any other: before the wait there are those of feature and weight alone.
-    first = re.sub("-(middle|last)-", "-first-", description)
-    alone = ptx.bulk_reads(ptx.instructions_of(_ptx(first)))
-    assert len(ptx.bulk_reads(everything)) > len(ptx.bulk_reads(before)) == len(alone)
-
-
-@compiles
-def test_the_wait_is_looked_for_in_earnest() -> None:
-    code = _ptx(next(name for name in VARIANTS if "-last-nhwc-half" in name))
-    without = code.replace("griddepcontrol.wait", "// griddepcontrol.wait")
-    assert ptx.writes(ptx.before_the_wait(without)) and ptx.reads_through(ptx.before_the_wait(without), 3)
 
 
 @pytest.fixture
@@ -125,7 +78,7 @@ class _Chip:
     """Places the programs of chained launches on multiprocessors, in the order that CUDA promises and no better.
 
     Programs of a launch begin in any free place once every program of the launch before it has begun (all of them call
-    `begin_next` first of all); each takes as long as it likes to multiply, and ends when the launch before it has
+    `launch_dependents` first); each takes as long as it likes to multiply, and ends when the launch before it has
     ended, too.  A place is free again when its program has ended.
     """
 
@@ -168,19 +121,17 @@ class _Chip:
 
 @compiles
 @pytest.mark.nightly
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize(
     "sizes", [PAPER, [(75, 113), (38, 57), (19, 29), (10, 15)], [(1, 1), (9, 200)], [(40, 40)], [(3, 5)] * 5], ids=str
 )
 def test_the_chain_ends_on_any_chip(
-    sizes: Sequence[tuple[int, int]], descriptors: bool, driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
+    sizes: Sequence[tuple[int, int]], driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The grids that are really launched, on one place to more than there are programs."""
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"} if descriptors else ()))
     for processors in (1, 2, 7, 108, 132, 148):
-        monkeypatch.setattr(geometry, "_DEFAULT_PROCESSORS", processors)
+        monkeypatch.setattr(geometry, "_DEFAULT_SM_COUNT", processors)
         driver.launched.clear()
-        top_down_pathway.top_down_pathway(*_small(sizes), "nearest", 1.0, None)
+        by_triton("top_down_pathway", *_small(sizes), [*range(len(sizes))])
         grids = [math.prod(grid) for _, grid, _ in driver.launched]
         assert len(grids) == len(sizes) and min(grids) > 0
         for resident, seed in itertools.product((1, 2, 8), range(3)):
@@ -205,33 +156,6 @@ def test_the_model_of_the_chip_can_stand_still() -> None:
 
 
 @compiles
-def test_a_launch_reads_its_own_memory_before_the_wait(
-    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Descriptors are written before the wait: in memory that no launch of the chain reads any more."""
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
-    run = top_down_pathway.top_down_pathway.prepare(*_small([(16, 16), (8, 8), (4, 4)]), "nearest", 1.0, None)
-    for _ in range(2):
-        driver.scratch.clear()
-        merged = run(*_small([(16, 16), (8, 8), (4, 4)]), "nearest", 1.0, None)
-        assert len(driver.scratch) == 3
-        assert len({*driver.scratch, *(tensor.data_ptr() for tensor in merged)}) == 6
-
-
-@compiles
-def test_a_launch_behind_packed_weights_does_not_overlap(
-    driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"}))
-    features, weights, biases = _small([(16, 16), (8, 8)])
-    weights[0] = weights[0].t()  # rows that no descriptor reads
-    top_down_pathway.top_down_pathway(features, weights, biases, "nearest", 1.0, None)
-    assert [name for name, _, _ in driver.launched] == ["convolve", "pack", "convolve"]
-    place = list(descriptor_kernels.convolve.arg_names).index("FOLLOWS")
-    assert [arguments[place] for name, _, arguments in driver.launched if name == "convolve"] == [False, False]
-
-
-@compiles
 def test_autotuning_times_tops_that_have_memory(
     driver: no_launch.Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
@@ -240,18 +164,18 @@ def test_autotuning_times_tops_that_have_memory(
     monkeypatch.setattr(autotune, "ENABLED", True)
     monkeypatch.setattr(autotune, "_device_name", lambda tensor: "Some GPU")
     monkeypatch.setattr(autotune, "milliseconds", lambda run: (run(), 1.0)[1])
-    top_down_pathway.top_down_pathway.prepare(*_small([(16, 16), (8, 8)]), "nearest", 1.0, None)
+    plan_of("triton", "top_down_pathway", *_small([(16, 16), (8, 8)]), [0, 1])
     tensors = [each for _, _, arguments in driver.launched for each in arguments if isinstance(each, Tensor)]
     assert len(driver.launched) >= 4 and tensors and not [each for each in tensors if each.is_meta]
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "_tensor_refusal", lambda tensor: None)
+    monkeypatch.setattr(availability, "tensor_refusal", lambda tensor: None)
     arguments = _small([(4, 4), (2, 2)])
-    assert availability.top_down_pathway(*arguments, "nearest", 1.0, None) is None
-    assert "two launches" in str(availability.top_down_pathway(*arguments, "bilinear", 1.0, None))
+    assert refusal_of("triton", "top_down_pathway", *arguments, [0, 1]) is None
+    assert "two launches" in str(refusal_of("triton", "top_down_pathway", *arguments, [0, 1], "bilinear"))
     monkeypatch.setattr(availability, "MAX_SIDE", 3)
-    assert "level 0: a side of 4" in str(availability.top_down_pathway(*arguments, "nearest", 1.0, None))
+    assert "level 0: a side of 4" in str(refusal_of("triton", "top_down_pathway", *arguments, [0, 1]))
 
     class OnGpu:
         is_cuda = True
@@ -289,13 +213,9 @@ def _one_by_one(arguments: Any) -> list[Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-def test_overlapping_launches_give_the_same_bits(
-    layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch, hopper: None
-) -> None:
+def test_overlapping_launches_give_the_same_bits(layout: str, hopper: None) -> None:
     """Again and again, in memory that was just freed, and poisoned: an early read or write would show now and then."""
-    monkeypatch.setattr(lateral_connection, "DESCRIPTORS", frozenset({"half"} if descriptors else ()))
     for sizes in (PAPER, [(75, 113), (38, 57), (19, 29), (10, 15)]):
         for _ in range(50):
             arguments = _pathway(sizes, [256, 512, 1024, 2048], 256, layout=layout, device="cuda")
