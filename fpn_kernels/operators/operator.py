@@ -113,6 +113,7 @@ class Operator(Generic[Call]):
         self.name = LIBRARY.define(schema, tags=tags)
         self.call, self.backends, self.compose, self.exported = call, dict(backends), compose, exported
         self._has_lists = "[]" in schema.split("*")[0]
+        self.key_of = plan_cache.key_of_lists if "[" in schema else plan_cache.key_of
         self._standard, self._by_aten, self.recorded_by = standard, gradient.by_aten, gradient.recorded_by
         self.function = _autograd_function(self.name, call, gradient)
         self.dispatched = getattr(torch.ops.fpn_kernels, self.name)

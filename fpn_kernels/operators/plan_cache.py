@@ -65,9 +65,15 @@ def clear() -> None:
 def key_of(operator: str, arguments: Sequence[Any]) -> Key | None:
     """The cache key of a call: its metadata and the settings that validation, dispatch and planning depend on.
 
-    None for a call without tensors, or with a tensor that has no strides, e.g. a sparse one.  Only the first tensor's
-    device is checked for settings of CUDA.
+    None for a call with a tensor that has no strides, e.g. a sparse one.  Only the first tensor's device is checked for
+    settings of CUDA.
     """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return key_of_tensors(operator, tensors, [Tensor if isinstance(value, Tensor) else value for value in arguments])
+
+
+def key_of_lists(operator: str, arguments: Sequence[Any]) -> Key | None:
+    """`key_of` for calls with lists, of tensors or of numbers; None for a call without tensors."""
     tensors: list[Tensor] = []
     rest: list[Any] = []
     for value in arguments:
@@ -171,9 +177,9 @@ def get_or_make(operator: Operator[Any], call: Any) -> Plan:
 
 
 def _get_or_make(operator: Operator[Any], call: Any) -> Plan:
-    key = key_of(operator.name, call)
-    plan: Plan | None = get(key)
-    if plan is not None:
+    key = operator.key_of(operator.name, call)
+    plan: Plan | None = _plans.get(key)  # type: ignore[arg-type]
+    if plan is not None and not dispatch.is_explaining():
         return plan
     call.check()
     if call.empty() is not None:

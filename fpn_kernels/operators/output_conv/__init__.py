@@ -51,7 +51,7 @@ def _compose(call: OutputConvLevels) -> Callable[[OutputConvLevels], list[Tensor
 
 def _levels_recorded(call: OutputConvLevels) -> list[Tensor]:
     """One autograd node per level, which frees its maps after its own backward; one node of all would keep them."""
-    key = plan_cache.key_of("output_conv_levels, one node per level", call)
+    key = plan_cache.key_of_lists("output_conv_levels, one node per level", call)
     plans: list[plan_cache.Plan] | None = plan_cache.get(key)
     if plans is None:
         call.check()
