@@ -17,6 +17,7 @@ INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "csrc.md": "csrc/README.md",
+    "experiments.md": "experiments/README.md",
 }
 _PAGES = {document: page for page, document in INCLUDED.items()}
 
